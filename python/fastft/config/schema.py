@@ -1,0 +1,200 @@
+"""What may stand in a config: every field once, with its default, unit and reason.
+
+The reference page, the editor schema (`fastft config schema`) and the comments that `copy-cfg` writes are generated
+from here. Models are frozen and refuse unknown keys; `config.load` turns a refusal into file:line and the nearest key.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Format = Literal["auto", "alpaca", "sharegpt", "messages", "conversation", "guanaco", "columns", "text"]
+
+
+class Section(BaseModel):
+    """A part of the config; frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """Which weights to start from."""
+
+    name: Name = Field(description="folder on this machine, or the model's id on the hub; `demo` is the embedded model")
+    hub: Literal["huggingface", "modelscope"] = Field(
+        "huggingface", description="where to look when `name` is no folder; the variable FASTFT_HUB overrides it"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit on the hub; null is the hub's default")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="`random` takes config.json and tokenizer from `name` and draws new weights"
+    )
+    dtype: Dtype = Field(
+        "auto", description="dtype of the frozen weights; auto: the checkpoint's own (fp32 for `method: full` on CPU)"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="attention code; auto: what transformers chooses"
+    )
+    chat_template: str | None = Field(
+        None,
+        description="template for a tokenizer that has none: a name in configs/chat_templates or a .jinja file; "
+        "the tokenizer's own always wins",
+    )
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021)."""
+
+    r: Positive = Field(64, description="rank")
+    alpha: Annotated[float, Field(gt=0)] = Field(16, description="the update is scaled by alpha/r")
+    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
+    targets: Literal["all-linear"] | tuple[Name, ...] = Field(
+        "all-linear", description="module names that get an adapter; all-linear: every linear layer but the head"
+    )
+    modules_to_save: tuple[Name, ...] = Field((), description="modules trained in full beside the adapter")
+    rslora: bool = Field(False, description="scale by alpha/sqrt(r) (Kalajdzievski 2023)")
+
+
+class Quantization(Section):
+    """How a QLoRA base is held in memory (Dettmers et al. 2023)."""
+
+    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit code book")
+    double_quant: bool = Field(True, description="quantize the block scales too: saves 0.4 bit per weight")
+    compute_dtype: Dtype = Field("auto", description="dtype of the products; auto: bf16 where the device has it")
+
+
+class Method(Section):
+    """What is trained."""
+
+    kind: Literal["full", "lora", "qlora"] = Field(description="all weights, adapters, or adapters on a 4-bit base")
+    lora: Lora | None = Field(None, description="for lora and qlora")
+    quantization: Quantization | None = Field(None, description="for qlora")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_blocks(cls, values: object) -> object:
+        """Give lora and qlora their default blocks when the config leaves them out."""
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        if filled.get("kind") in ("lora", "qlora") and filled.get("lora") is None:
+            filled["lora"] = {}
+        if filled.get("kind") == "qlora" and filled.get("quantization") is None:
+            filled["quantization"] = {}
+        return filled
+
+    @model_validator(mode="after")
+    def _no_idle_blocks(self) -> Self:
+        if self.kind == "full" and self.lora is not None:
+            raise ValueError("`lora` has no effect with kind: full; remove it or set kind: lora")
+        if self.kind != "qlora" and self.quantization is not None:
+            raise ValueError(f"`quantization` has no effect with kind: {self.kind}; remove it or set kind: qlora")
+        return self
+
+
+class Columns(Section):
+    """Text made from a row's columns; `{name}` stands for the column `name`, used by format: columns."""
+
+    system: str | None = Field(None, description="system message, e.g. `{system_prompt}`")
+    user: Name = Field(description="what the user says, e.g. `{question}\\n{context}`")
+    assistant: Name = Field(description="what the model learns to answer, e.g. `{answer}`")
+
+
+class Source(Section):
+    """One data set."""
+
+    source: Name = Field(
+        description="file (json, jsonl, parquet, csv, txt; .gz too), folder of these, or a data set id on the hub; "
+        "`demo/NAME` is a data set that comes with fastft"
+    )
+    format: Format = Field("auto", description="how a row is read; auto looks at the columns and says what it chose")
+    columns: Columns | None = Field(None, description="for format: columns")
+    hub: Literal["huggingface", "modelscope"] = Field("huggingface", description="where to look for an id")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    split: Name = Field("train", description="split of a hub data set")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    system: str | None = Field(None, description="system message for dialogues that have none")
+    max_rows: Positive | None = Field(None, description="use only so many rows, from the start")
+
+    @model_validator(mode="after")
+    def _columns_match(self) -> Self:
+        if (self.format == "columns") != (self.columns is not None):
+            raise ValueError("`columns` and `format: columns` belong together")
+        return self
+
+
+class Data(Section):
+    """What is learned from."""
+
+    train: tuple[Source, ...] = Field(min_length=1, description="data sets to learn from, joined")
+    eval: tuple[Source, ...] = Field((), description="data sets to measure the loss on")
+    eval_rows: Annotated[int, Field(ge=0)] = Field(
+        0, description="without `eval`: rows held back from training, chosen by the seed"
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(2048, description="longest sample in tokens; the rest is cut off")
+    packing: bool = Field(
+        True, description="put several samples into one row of max_length; attention stays within a sample"
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="skip: leave out unreadable rows, counted")
+    shuffle: bool = Field(True, description="new order each epoch, by the seed")
+
+
+class Train(Section):
+    """How it is learned."""
+
+    epochs: Annotated[float, Field(gt=0)] = Field(3, description="passes over the data")
+    max_steps: Positive | None = Field(None, description="stop after so many optimizer steps; overrides epochs")
+    batch_size: Positive = Field(1, description="rows per device and step")
+    grad_accumulation: Positive = Field(16, description="steps whose gradients are summed before the optimizer moves")
+    lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
+    warmup_ratio: Fraction = Field(0.03, description="part of all steps in which the rate rises from 0")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="8bit: bitsandbytes states, 2 instead of 8 bytes per trained weight"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay of the two moments")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="gradients are clipped to it; 0 is off")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="recompute activations in the backward pass; auto: on for CUDA, off for CPU"
+    )
+    log_steps: Positive = Field(10, description="steps between two lines of metrics.jsonl")
+    eval_steps: Positive | None = Field(None, description="steps between two measurements on the eval data")
+    sample_steps: Positive | None = Field(None, description="steps between two rounds of sample answers")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="of order, dropout and new weights")
+
+
+class Samples(Section):
+    """Prompts answered before, during and after the training, to see what it learns."""
+
+    prompts: tuple[Name, ...] = Field((), description="what is asked (task sft) or continued (task pretrain)")
+    system: str | None = Field(None, description="system message of the prompts")
+    max_new_tokens: Positive = Field(100, description="longest answer")
+
+
+class Output(Section):
+    """What is written, and where."""
+
+    dir: str | None = Field(None, description="run folder; null is work_dirs/NAME; --work-dir overrides it")
+    save_steps: Positive | None = Field(500, description="steps between checkpoints; null: only at the end")
+    keep: Positive = Field(2, description="newest checkpoints that stay")
+
+
+class Config(Section):
+    """A whole run: what `train` needs."""
+
+    name: Name = Field("run", description="what the run is called; a recipe's name, or the file's")
+    task: Literal["pretrain", "sft"] = Field(
+        "sft", description="sft learns the assistant's answers, pretrain every token of the text"
+    )
+    model: Model = Field(description="which weights to start from")
+    method: Method = Field(description="what is trained")
+    data: Data = Field(description="what is learned from")
+    train: Train = Field(default_factory=Train, description="how it is learned")
+    samples: Samples = Field(default_factory=Samples, description="prompts answered along the way")
+    output: Output = Field(default_factory=Output, description="what is written, and where")

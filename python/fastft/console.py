@@ -1,0 +1,145 @@
+"""What fastft says to the person at the terminal.
+
+Results go to stdout (`result`), so that they can be piped; notes, warnings and progress go to stderr. Colour and
+moving bars appear only on a terminal; elsewhere `progress` writes a plain line now and then.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# A job that ends sooner shows no bar (DESIGN section 4).
+BAR_AFTER_S = 2.0
+# Seconds between two plain progress lines when stderr is no terminal.
+PLAIN_LINE_EVERY_S = 10.0
+
+_consoles: "dict[str, Console]" = {}
+
+
+def stderr() -> "Console":
+    """The rich console on stderr; rich is imported on first use (it costs 60 ms)."""
+    if "stderr" not in _consoles:
+        from rich.console import Console
+
+        _consoles["stderr"] = Console(stderr=True, highlight=False, soft_wrap=True)
+    return _consoles["stderr"]
+
+
+def stdout() -> "Console":
+    """The rich console on stdout, for results with colour (tables, masked text)."""
+    if "stdout" not in _consoles:
+        from rich.console import Console
+
+        _consoles["stdout"] = Console(highlight=False, soft_wrap=True)
+    return _consoles["stdout"]
+
+
+def result(text: str) -> None:
+    """Print a line that the user asked for, on stdout, as it is."""
+    print(text)
+
+
+def note(text: str) -> None:
+    """Tell what is being done or chosen, on stderr."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Tell that something was ignored, lowered or looks wrong; nothing falls back in silence."""
+    _marked("warning:", "yellow", text)
+
+
+def error(text: str) -> None:
+    """Tell why the command failed; printed by `__main__` only."""
+    _marked("error:", "red", text)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped (names in hostile files may hold terminal codes)."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _marked(mark: str, colour: str, text: str) -> None:
+    codes = {"yellow": "\033[33m", "red": "\033[31m"}
+    if sys.stderr.isatty():
+        mark = f"{codes[colour]}{mark}\033[0m"
+    print(f"{mark} {printable(text)}", file=sys.stderr, flush=True)
+
+
+class Advance(Protocol):
+    """Called with the amount done so far, absolute, in the unit of the bar."""
+
+    def __call__(self, done: float, text: str = "") -> None: ...
+
+
+@contextmanager
+def progress(what: str, total: float, unit: str = "") -> Iterator[Advance]:
+    """A bar on stderr that appears after `BAR_AFTER_S`; plain lines when stderr is no terminal.
+
+    Args:
+        what: the work, in a few words ("merging").
+        total: amount of work, in `unit`.
+        unit: "B" shows bytes with a rate; anything else is printed as it is.
+
+    Yields:
+        `advance(done, text)`: sets the amount done; `text` is shown at the end of the line (loss, tokens/s).
+    """
+    started = time.monotonic()
+    if not sys.stderr.isatty():
+        yield _plain_lines(what, total, unit, started)
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (MofNCompleteColumn(), TextColumn(unit))
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        *amounts,
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[text]}"),
+        console=stderr(),
+        transient=True,
+    )
+    task = bar.add_task(what, total=total, text="")
+    shown = False
+
+    def advance(done: float, text: str = "") -> None:
+        nonlocal shown
+        if not shown and time.monotonic() - started > BAR_AFTER_S:
+            bar.start()
+            shown = True
+        bar.update(task, completed=done, text=text)
+
+    try:
+        yield advance
+    finally:
+        if shown:
+            bar.stop()
+
+
+def _plain_lines(what: str, total: float, unit: str, started: float) -> Advance:
+    last = started
+
+    def advance(done: float, text: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PLAIN_LINE_EVERY_S:
+            return
+        last = now
+        amount = f"{done / 1e6:.0f}/{total / 1e6:.0f} MB" if unit == "B" else f"{done:.0f}/{total:.0f} {unit}"
+        note(f"{what}: {amount.strip()} ({now - started:.0f} s) {text}".rstrip())
+
+    return advance
