@@ -45,8 +45,7 @@ def short(config: Config) -> str:
         ("eval", ", ".join(_source(source) for source in data.eval) or f"{data.eval_rows} rows held back"),
         (
             "train",
-            f"{length}, batch {train.batch_size} x {train.grad_accumulation} steps, lr {number(train.lr)} "
-            f"{train.schedule}, warm-up {number(train.warmup_ratio)}, {train.optimizer}, seed {train.seed}",
+            f"{length}, batch {train.batch_size} x {train.grad_accumulation} steps, {_rate(config)}, seed {train.seed}",
         ),
         ("samples", f"{_count(len(config.samples.prompts), 'prompt')}, answered {answered}"),
         ("output", f"{output.dir}, checkpoint {saved}, newest {output.keep} kept"),
@@ -231,6 +230,11 @@ def _lora(lora: Lora) -> str:
     targets = lora.targets if isinstance(lora.targets, str) else " ".join(lora.targets)
     scale = ", rslora" if lora.rslora else ""
     return f"r {lora.r}, alpha {number(lora.alpha)}, dropout {number(lora.dropout)}{scale} on {targets}"
+
+
+def _rate(config: Config) -> str:
+    train = config.train
+    return f"lr {number(train.lr)} {train.schedule}, warm-up {number(train.warmup_ratio)}, {train.optimizer}"
 
 
 def _count(amount: float, noun: str) -> str:
