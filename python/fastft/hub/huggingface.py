@@ -39,7 +39,12 @@ def model(repository: str, *, revision: str | None, with_weights: bool) -> Path:
 def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is imported
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's or httpx2's, by release
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+    )
 
     try:
         found = snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=list(IGNORED))

@@ -65,7 +65,7 @@ def _package(what: str) -> Any:
 def _fetched(what: str, download: Callable[[], str]) -> Path:
     try:
         return Path(download())
-    except Exception as error:  # noqa: BLE001  # its releases raise classes of their own, requests' and urllib3's
+    except Exception as error:  # its releases raise classes of their own, requests' and urllib3's
         reason = str(error).strip().splitlines()
         raise HubError(
             f"{what}: not fetched from ModelScope: {reason[0] if reason else type(error).__name__}; check the id (owners "
