@@ -4,9 +4,10 @@ The reference page, the editor schema (`fastft config schema`) and the comments 
 from here. Models are frozen and refuse unknown keys; `config.load` turns a refusal into file:line and the nearest key.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import TypeIs
 
 Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -198,3 +199,16 @@ class Config(Section):
     train: Train = Field(default_factory=Train, description="how it is learned")
     samples: Samples = Field(default_factory=Samples, description="prompts answered along the way")
     output: Output = Field(default_factory=Output, description="what is written, and where")
+
+
+def leaves(section: type[Section] = Config, prefix: str = "") -> list[str]:
+    """Dotted keys of all single values of the config (`train.lr`), in the order of the schema; lists are one value."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
+        keys += leaves(inner, f"{prefix}{name}.") if inner is not None else [prefix + name]
+    return keys
+
+
+def _is_section(annotation: object) -> TypeIs[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
