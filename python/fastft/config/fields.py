@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 
 from fastft.config.schema import Config, Section
 
-
 # What other tools call a field of ours; only used to suggest the right key.
 OTHER_WORDS = {
     "accumulative_counts": "train.grad_accumulation",

@@ -7,6 +7,7 @@ reaches the value where it is used and a wrong one is refused like a wrong line.
 from collections.abc import Sequence
 
 from fastft.config import fields
+from fastft.config.mask import masked
 from fastft.config.tree import Branch, Leaf, Listing, Tree, at, merge, parse
 from fastft.errors import ConfigError
 
@@ -36,14 +37,14 @@ def apply(tree: Tree, overrides: Sequence[str]) -> tuple[Tree, list[str]]:
 def _lay_in(tree: Tree, override: str) -> Tree:
     key, equals, text = override.partition("=")
     key = key.strip()
+    place = MARK + masked(override)
     if not equals or not key:
-        raise ConfigError(f"{MARK}{override}: not of the form key=value, e.g. train.lr=1e-5")
+        raise ConfigError(f"{place}: not of the form key=value, e.g. train.lr=1e-5")
     path = tuple(key.split("."))
     known = fields.find(path)
     if known is None:
         near = fields.nearest(path)
-        raise ConfigError(f"{MARK}{override}: {key}: no such key; {near_or_list(near)}")
-    place = f"{MARK}{override}"
+        raise ConfigError(f"{place}: {key}: no such key; {near_or_list(near)}")
     branch = _value(text.strip(), known, place)
     deepest, taken = at(tree, path)
     if taken < len(path) and isinstance(deepest, Listing) and path[taken] != str(len(deepest.items)):

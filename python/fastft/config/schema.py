@@ -43,8 +43,7 @@ class Model(Section):
     )
     chat_template: str | None = Field(
         None,
-        description="template for a tokenizer that has none: a name in configs/chat_templates or a .jinja file; "
-        "the tokenizer's own always wins",
+        description="for a tokenizer that has none: a name in configs/chat_templates, or a .jinja file",
     )
 
 
@@ -110,8 +109,7 @@ class Source(Section):
     """One data set."""
 
     source: Name = Field(
-        description="file (json, jsonl, parquet, csv, txt; .gz too), folder of these, or a data set id on the hub; "
-        "`demo/NAME` is a data set that comes with fastft"
+        description="file (json, jsonl, parquet, csv, txt; .gz too), folder of these, id on the hub, or demo/NAME"
     )
     format: Format = Field("auto", description="how a row is read; auto looks at the columns and says what it chose")
     columns: Columns | None = Field(None, description="for format: columns")

@@ -106,9 +106,9 @@ def scalar(text: str) -> Scalar:
     if _INT.fullmatch(text):
         return int(text)
     if _OCTAL.fullmatch(text):
-        return int(text[2:], 8)
+        return int(text, 0)
     if _HEX.fullmatch(text):
-        return int(text, 16)
+        return int(text, 0)
     if _FLOAT.fullmatch(text):
         return float(text)
     if _INFINITE.fullmatch(text):
@@ -197,9 +197,9 @@ class _Builder:
         if isinstance(event, AliasEvent):
             if event.anchor not in self._anchors:
                 raise ConfigError(f"{place}: `*{event.anchor}` stands for nothing that is complete here.")
-            tree, size = self._anchors[event.anchor]
+            known, size = self._anchors[event.anchor]
             self._count(size, place)
-            return tree
+            return known
         if event.ctag is not None:  # type: ignore[attr-defined]  # scalars, sequences and mappings have it
             raise ConfigError(f"{place}: the tag {event.ctag} is not allowed; write plain values.")  # type: ignore[attr-defined]
         tree: Tree
