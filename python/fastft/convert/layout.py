@@ -1,8 +1,10 @@
-"""InternLM2 checkpoints laid out as Llama, so that they are read natively, without the code that comes with them.
+"""InternLM and InternLM2 checkpoints laid out as Llama, to be read natively, without the code that comes with them.
 
-transformers 5 has no InternLM2 class, and the code in the model's folder was written for version 4. The weights are
-Llama's under other names, with the three attention projections in one tensor (`internlm2`). They are streamed once,
-unchanged bit for bit, into a cache folder; adapters trained on it go onto the original files as well (`names`).
+transformers 5 has no class for either, and the code in the models' folders was written for version 4. InternLM2's
+weights are Llama's under other names, with the three attention projections in one tensor (`internlm2`): they are
+streamed once, unchanged bit for bit, into a cache folder. InternLM's weights have Llama's names already: the cache
+folder links to them. Adapters trained on a laid-out folder go onto the original files as well (`names`).
+InternLM3 has a class of its own in transformers 5.
 """
 
 import hashlib
@@ -15,7 +17,15 @@ from typing import Any
 
 from fastft import console, publish
 from fastft.convert import internlm2
-from fastft.convert.folder import Checkpoint, read_checkpoint
+from fastft.convert.folder import (
+    INDEX,
+    PICKLE_INDEX,
+    PICKLE_SINGLE,
+    SINGLE,
+    Checkpoint,
+    existing_folder,
+    read_checkpoint,
+)
 from fastft.convert.json_file import read_object, read_regular_file
 from fastft.convert.model_config import config_text
 from fastft.convert.plan import OutputTensor, Part, Rows, into_shards, natural_order, taken_over
@@ -57,50 +67,51 @@ class Layout:
     """What a laid-out folder consists of.
 
     Attributes:
-        tensors: each tensor of the original exactly once.
+        tensors: each tensor of the original exactly once; empty where the files are linked, or there are none.
+        links: name to the file of weights that is used as it is.
         config: the new config.json.
         side_files: name to the file to copy.
         texts: name to the content of the small files that are rewritten.
     """
 
     tensors: tuple[OutputTensor, ...]
+    links: Mapping[str, Path]
     config: Mapping[str, Any]
     side_files: Mapping[str, Path]
     texts: Mapping[str, bytes]
 
-
-def is_internlm2(folder: Path) -> bool:
-    """Tell whether a model folder holds InternLM2's own layout."""
-    config = folder / "config.json"
-    return config.is_file() and internlm2.is_internlm2(read_object(config))
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def internlm2_as_llama(folder: Path) -> Path:
     """Give a folder with the same model in Llama's layout; made on first use, then taken from the cache.
 
-    The cache is `fastft/layouts` under XDG_CACHE_HOME, else under ~/.cache. A folder belongs to the original's
-    path, sizes and times: when the original changes, a new one is made.
+    The cache is `fastft/layouts` under XDG_CACHE_HOME, else under ~/.cache. A laid-out folder belongs to the
+    original's path, sizes and times: when the original changes, a new one is made.
 
     Args:
-        folder: an InternLM2 model folder.
+        folder: an InternLM or InternLM2 model folder; without weights only config and tokenizer are laid out.
 
     Returns:
         The laid-out folder, complete.
 
     Raises:
-        PlanError: not InternLM2, or a tensor that has no place in Llama.
+        PlanError: another architecture, or a tensor that has no place in Llama.
         FileError: no room, or the cache cannot be written.
     """
-    checkpoint = read_checkpoint(folder)
+    checkpoint = _checkpoint(folder)
     target = _cache_folder() / _key(checkpoint)
     if target.exists():
         return target
     layout = plan(checkpoint)
-    num_bytes = sum(tensor.nbytes for tensor in layout.tensors)
-    check_space(target, num_bytes)
-    console.note(
-        f"InternLM2 is read in Llama's layout: {readable(num_bytes)} are rewritten once, unchanged, to {target}"
-    )
+    check_space(target, layout.num_bytes)
+    if layout.tensors:
+        console.note(
+            f"InternLM2 is read in Llama's layout: {readable(layout.num_bytes)} are rewritten once, unchanged,"
+            f" to {target}"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with publish.staged(target) as stage:
         write_into(stage, layout)
@@ -110,7 +121,10 @@ def internlm2_as_llama(folder: Path) -> Path:
 
 def write_into(folder: Path, layout: Layout) -> None:
     """Write a laid-out model into an existing (staging) folder."""
-    write_shards(into_shards(layout.tensors, _MAX_SHARD_SIZE_BYTES), folder, "laying out as Llama")
+    if layout.tensors:
+        write_shards(into_shards(layout.tensors, _MAX_SHARD_SIZE_BYTES), folder, "laying out as Llama")
+    for name, path in layout.links.items():
+        (folder / name).symlink_to(path)
     copy_side_files(dict(layout.side_files), folder)
     for name, content in layout.texts.items():
         (folder / name).write_bytes(content)
@@ -118,20 +132,32 @@ def write_into(folder: Path, layout: Layout) -> None:
 
 
 def plan(checkpoint: Checkpoint) -> Layout:
-    """Plan the Llama layout of an InternLM2 checkpoint.
+    """Plan the Llama layout of an InternLM or InternLM2 checkpoint.
 
     Raises:
-        PlanError: not InternLM2, or a tensor that has no place in Llama.
+        PlanError: another architecture, or a tensor that has no place in Llama.
         CheckpointError: the fused projection does not have the shape that config.json says.
     """
-    if not internlm2.is_internlm2(checkpoint.config):
-        raise PlanError(f"{checkpoint.folder}: model_type is {checkpoint.config.get('model_type')!r}, not 'internlm2'")
+    kind = checkpoint.config.get("model_type")
+    if kind not in ("internlm", "internlm2"):
+        raise PlanError(f"{checkpoint.folder}: model_type is {kind!r}; internlm and internlm2 are laid out as Llama")
     chosen = {name: path for name, path in side_files(checkpoint.folder).items() if not name.endswith(".py")}
     texts = {}
     if _TOKENIZER_CONFIG in chosen:
         texts[_TOKENIZER_CONFIG] = _tokenizer_config(chosen.pop(_TOKENIZER_CONFIG))
-    tensors = llama_tensors(checkpoint)
-    return Layout(tuple(tensors), llama_config(checkpoint.config), chosen, texts)
+    if kind == "internlm2":
+        return Layout(tuple(llama_tensors(checkpoint)), {}, llama_config(checkpoint.config), chosen, texts)
+    files = [file.path for file in checkpoint.fingerprints if file.path.name != "config.json"]
+    return Layout((), {path.name: path for path in files}, _llama_config_of_v1(checkpoint.config), chosen, texts)
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
+    """Read a model folder; one that holds no weights (only config and tokenizer were fetched) has no tensors."""
+    if any((folder / name).exists() for name in (SINGLE, INDEX, PICKLE_SINGLE, PICKLE_INDEX)):
+        return read_checkpoint(folder)
+    folder = existing_folder(folder, "the model")
+    path = folder / "config.json"
+    return Checkpoint(folder, read_object(path), {}, (fingerprint(path),))
 
 
 def llama_tensors(checkpoint: Checkpoint) -> list[OutputTensor]:
@@ -185,6 +211,27 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if kind not in ("dynamic", "linear"):
             raise PlanError(f"config.json: rope_scaling {scaling!r} is not one of InternLM2's (dynamic, linear)")
         new["rope_scaling"] = {"rope_type": kind, "factor": float(scaling["factor"])}
+    return new
+
+
+def _llama_config_of_v1(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate InternLM's config.json into LlamaConfig's.
+
+    Source: configuration_internlm.py and modeling_internlm.py of internlm/internlm-7b: `bias` is that of the four
+    attention projections, `rotary` holds base, type (origin, dynamic) and, for dynamic, the scaling factor.
+    """
+    new: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    new |= {key: config[key] for key in _KEPT if key in config}
+    new["attention_bias"] = bool(config.get("bias", True))
+    new["mlp_bias"] = False
+    rotary = config.get("rotary") or {}
+    kind = rotary.get("type", "origin")
+    if kind not in ("origin", "dynamic"):
+        raise PlanError(f"config.json: rotary {rotary!r} is not one of InternLM's (origin, dynamic)")
+    if "base" in rotary:
+        new["rope_theta"] = float(rotary["base"])
+    if kind == "dynamic":
+        new["rope_scaling"] = {"rope_type": "dynamic", "factor": float(rotary.get("scaling_factor", 1.0))}
     return new
 
 

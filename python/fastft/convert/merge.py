@@ -65,6 +65,18 @@ class MergePlan:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    def as_table(self) -> str:
+        """Write the plan as text of 80 columns."""
+        from fastft.convert.plan_table import as_table
+
+        return as_table(self)
+
+    def as_json(self) -> str:
+        """Write the plan as JSON."""
+        from fastft.convert.plan_table import as_json
+
+        return as_json(self)
+
     @property
     def sources(self) -> tuple[Path, ...]:
         return (self.base.folder, *(adapter.folder for adapter, _ in self.adapters))
@@ -82,7 +94,8 @@ class MergeReport:
     num_checked: int
     peak_memory_bytes: int
 
-    def __str__(self) -> str:
+    def line(self) -> str:
+        """Say it in one line."""
         rate = self.num_bytes / max(self.duration_s, 1e-3)
         return (
             f"merged into {self.folder}: {readable(self.num_bytes)} in {self.duration_s:.1f} s ({readable(rate)}/s,"

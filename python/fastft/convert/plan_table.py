@@ -1,16 +1,19 @@
 """How a plan is shown: a table of at most 80 columns, and JSON for other programs."""
 
 import json
+from typing import TYPE_CHECKING
 
-from fastft.convert.merge import MergePlan
 from fastft.convert.plan import Cast, Copy, Merge, OutputTensor, Rows, Shard
 from fastft.convert.size import readable
+
+if TYPE_CHECKING:
+    from fastft.convert.merge import MergePlan
 
 _WIDTH = 80
 _DTYPE_WORDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
-def as_table(plan: MergePlan) -> str:
+def as_table(plan: "MergePlan") -> str:
     """Write a merge plan as text: a line per tensor, then the totals and what should be known."""
     lines = [f"base     {plan.base.folder}"]
     for adapter, weight in plan.adapters:
@@ -33,7 +36,7 @@ def as_table(plan: MergePlan) -> str:
     return "\n".join(lines)
 
 
-def as_json(plan: MergePlan) -> str:
+def as_json(plan: "MergePlan") -> str:
     """Write a merge plan as JSON."""
     return json.dumps(
         {

@@ -9,11 +9,12 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastft import publish
+from fastft import console, publish
+from fastft.config import show
 from fastft.config.schema import Config
 from fastft.convert import internlm2, layout
 from fastft.convert.adapter import CONFIG as ADAPTER_CONFIG
@@ -32,7 +33,7 @@ from fastft.convert.source import Fingerprint, Source, check_unchanged, fingerpr
 from fastft.convert.stream import write_shards
 from fastft.convert.target import check_space, check_target
 from fastft.convert.tied import find_tied
-from fastft.errors import CheckpointError, FileError, PlanError
+from fastft.errors import CheckpointError, FileError, PlanError, UsageError
 
 COPIED_CONFIG = "fastft_config.yaml"
 _LORA = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
@@ -78,7 +79,8 @@ class PthReport:
     num_tensors: int
     duration_s: float
 
-    def __str__(self) -> str:
+    def line(self) -> str:
+        """Say it in one line."""
         rate = self.num_bytes / max(self.duration_s, 1e-3)
         return (
             f"{self.kind} written to {self.folder}: {self.num_tensors} tensors, {readable(self.num_bytes)} in"
@@ -113,26 +115,28 @@ def plan(
     config: Config,
     pth: Path,
     *,
-    base: Path | None,
-    config_yaml: str,
     dtype: str = "fp16",
     max_shard_size_bytes: int = DEFAULT_MAX_SHARD_SIZE_BYTES,
+    save_format: str = "xtuner",
 ) -> PthPlan:
     """Plan the conversion; reads headers and pickled names only, writes nothing.
+
+    Where the config's base model is a folder on this machine, all names and shapes are checked against it. For an
+    adapter it is not fetched otherwise; a whole model takes its config.json and tokenizer from it.
 
     Args:
         config: of the run that made the checkpoint: the rank and alpha of its adapters, the name of its base.
         pth: a .pth file, or a checkpoint folder.
-        base: the base model's folder; names are checked against it, and a whole model takes its config.json and
-            tokenizer from it. None where it is not on this machine: then only adapters and folders that bring their
-            own config.json can be converted, and the names are not checked.
-        config_yaml: the config as text, kept beside the result.
         dtype: fp16 (XTuner's habit), bf16, fp32, or auto (as trained).
         max_shard_size_bytes: greedy limit of a file of a whole model.
+        save_format: xtuner or huggingface; the same for language models.
 
     Raises:
         FileError, CheckpointError, PlanError: what is missing, broken, or not understood.
+        HubError: the base of a whole model cannot be fetched.
     """
+    if save_format not in ("xtuner", "huggingface"):
+        raise UsageError(f"--save-format {save_format!r} is not allowed; use xtuner or huggingface")
     wanted = output_dtype(dtype)
     trained = _read(pth)
     names = {_plain_name(name): source for name, source in trained.tensors.items()}
@@ -144,11 +148,12 @@ def plan(
             f"{pth}: holds {', '.join(part.removesuffix('.') for part in others)} beside the language model;"
             " only language models can be converted here"
         )
-    checkpoint = None if base is None else read_checkpoint(base)
-    job = _Job(config, pth, trained, names, checkpoint, wanted)
-    made = _adapter_plan(job) if any(map(_LORA.search, names)) else _model_plan(job, max_shard_size_bytes)
-    texts = {**made.texts, COPIED_CONFIG: config_yaml.encode()}
-    return PthPlan(made.kind, made.shards, texts, made.side_files, made.notes, made.sources, made.fingerprints)
+    is_adapter = any(map(_LORA.search, names))
+    base = _base(config, needed=not is_adapter and trained.folder is None)
+    job = _Job(config, pth, trained, names, None if base is None else read_checkpoint(base), wanted)
+    made = _adapter_plan(job) if is_adapter else _model_plan(job, max_shard_size_bytes)
+    texts = {**made.texts, COPIED_CONFIG: show.flat_yaml(config).encode()}
+    return replace(made, texts=texts)
 
 
 def execute(plan: PthPlan, save_path: Path, *, force: bool = False) -> PthReport:
@@ -161,6 +166,8 @@ def execute(plan: PthPlan, save_path: Path, *, force: bool = False) -> PthReport
     started = time.monotonic()
     check_target(save_path, plan.sources, force=force)
     check_space(save_path, plan.num_bytes)
+    for note in plan.notes:
+        console.note(note)
     single = ADAPTER_WEIGHTS if plan.kind == "adapter" else "model.safetensors"
     with publish.staged(save_path, force=force) as stage:
         streamed = write_shards(plan.shards, stage, "converting", single=single)
@@ -169,6 +176,16 @@ def execute(plan: PthPlan, save_path: Path, *, force: bool = False) -> PthReport
             (stage / name).write_bytes(content)
         check_unchanged(plan.fingerprints)
     return PthReport(save_path, plan.kind, plan.num_bytes, streamed.num_tensors, time.monotonic() - started)
+
+
+def _base(config: Config, *, needed: bool) -> Path | None:
+    """Find the base model's folder; it is fetched from a hub only where it is needed."""
+    from fastft.hub import locate
+
+    name = config.model.name
+    if needed or name == "demo" or Path(name).expanduser().is_dir():
+        return locate.model(config.model)
+    return None
 
 
 def _read(pth: Path) -> _Trained:
@@ -291,12 +308,8 @@ def _model_plan(job: _Job, max_shard_size_bytes: int) -> PthPlan:
     if job.trained.folder is not None:
         model_config: Mapping[str, Any] = read_object(job.trained.folder / "config.json")
         chosen = side_files(job.trained.folder)
-    elif job.base is None:
-        raise PlanError(
-            f"{job.pth}: holds a whole model, whose config.json and tokenizer come from its base"
-            f" {job.config.model.name}; give a config whose model.name is a folder on this machine"
-        )
     else:
+        assert job.base is not None
         model_config, chosen, texts = _base_parts(job.pth, job.names, job.base)
     tensors = [taken_over(name, source, job.dtype) for name, source in job.names.items()]
     tensors.sort(key=lambda tensor: natural_order(tensor.name))

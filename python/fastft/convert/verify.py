@@ -80,7 +80,8 @@ class VerifyReport:
     def good(self) -> bool:
         return all(check.good for check in self.checks)
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Say it in some lines, at most ten names for each kind of fault."""
         targeted = sum(check.targeted for check in self.checks)
         lines = [f"{self.merged}: {len(self.checks)} tensors, {targeted} of them targeted by an adapter"]
         for status, meaning in _MEANING.items():
