@@ -74,15 +74,19 @@ class ChatTemplate:
                 f"chat template: the tokenizer {type(tokenizer).__name__} gives no character offsets; a tokenizer with "
                 "a tokenizer.json is needed"
             )
-        if tokenizer.chat_template is None and fallback is None:
+        if tokenizer.chat_template is not None:
+            text = tokenizer.get_chat_template()
+        elif fallback is not None:
+            text = fallback
+        else:
             raise DataError(
                 f"chat template: the tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__} has "
                 "none; set model.chat_template to the template of its family (or to a .jinja file), or train with "
                 "task: pretrain"
             )
         self._tokenizer = tokenizer
-        # The text that is used, also what belongs into the adapter's folder.
-        self.text: str = (tokenizer.chat_template and tokenizer.get_chat_template()) or fallback or ""
+        # What is used, and what belongs into the adapter's folder.
+        self.text: str = text
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
         # What ends the assistant's turn ("<|im_end|>"); "" if the template has no such mark.
         self.end_of_turn: str
