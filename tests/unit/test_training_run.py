@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_run
 
+import tiny_run
 from fastft.errors import ConfigError, DataError, FileError, TrainingError
 from fastft.training import checkpoint, run
 from fastft.training.trainer import FastftTrainer
@@ -62,7 +62,11 @@ def test_the_loss_falls_and_the_files_are_there(
 
 def test_the_record_of_a_quantized_base(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
     config = tiny_run.config(
-        model, data["sft"], kind="qlora", method__quantization={"type": "fp4", "double_quant": False}, train__max_steps=1
+        model,
+        data["sft"],
+        kind="qlora",
+        method__quantization={"type": "fp4", "double_quant": False},
+        train__max_steps=1,
     )
     done = run.run(config, work_dir=tmp_path / "run")
     record = json.loads((done.run_dir / "fastft_training.json").read_text())
@@ -111,7 +115,7 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoints(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(  # noqa: PLR0917 - fixtures
     number: signal.Signals,
     code: int,
     model: Path,
@@ -153,7 +157,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
         (folder / "half").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(FileError, match="cannot be written: No space left on device; .* MB are free there"):
+    with pytest.raises(FileError, match=r"cannot be written: No space left on device; .* MB are free there"):
         checkpoint.save(tmp_path, 7, fill, {})
     assert not [f for f in tmp_path.iterdir() if f.name.startswith("checkpoint") or "partial" in f.name]
 
@@ -174,7 +178,7 @@ def test_the_order_of_refusals(model: Path, tmp_path: Path) -> None:
     config = tiny_run.config(model, missing)
     with pytest.raises(FileError, match="this is a file; choose another --work-dir"):
         run.run(config, work_dir=tmp_path / "file")
-    with pytest.raises((DataError, FileError), match="missing.jsonl"):
+    with pytest.raises((DataError, FileError), match=r"missing\.jsonl"):
         run.run(config, work_dir=tmp_path / "run")
     bare = tiny_run.write_model(tmp_path / "bare", chat_template=None)
     with pytest.raises(ConfigError, match="no chat template, so a dialogue has no form"):
