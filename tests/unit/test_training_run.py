@@ -62,7 +62,11 @@ def test_the_loss_falls_and_the_files_are_there(
 
 def test_the_record_of_a_quantized_base(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
     config = tiny_llama.config(
-        model, data["sft"], kind="qlora", method__quantization={"type": "fp4", "double_quant": False}, train__max_steps=1
+        model,
+        data["sft"],
+        kind="qlora",
+        method__quantization={"type": "fp4", "double_quant": False},
+        train__max_steps=1,
     )
     done = run.run(config, work_dir=tmp_path / "run")
     record = json.loads((done.run_dir / "fastft_training.json").read_text())
