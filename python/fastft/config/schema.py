@@ -4,9 +4,10 @@ The reference page, the editor schema (`fastft config schema`) and the comments 
 from here. Models are frozen and refuse unknown keys; `config.load` turns a refusal into file:line and the nearest key.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import TypeIs
 
 Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -42,8 +43,7 @@ class Model(Section):
     )
     chat_template: str | None = Field(
         None,
-        description="template for a tokenizer that has none: a name in configs/chat_templates or a .jinja file; "
-        "the tokenizer's own always wins",
+        description="for a tokenizer that has none: a name in configs/chat_templates, or a .jinja file",
     )
 
 
@@ -109,8 +109,7 @@ class Source(Section):
     """One data set."""
 
     source: Name = Field(
-        description="file (json, jsonl, parquet, csv, txt; .gz too), folder of these, or a data set id on the hub; "
-        "`demo/NAME` is a data set that comes with fastft"
+        description="file (json, jsonl, parquet, csv, txt; .gz too), folder of these, id on the hub, or demo/NAME"
     )
     format: Format = Field("auto", description="how a row is read; auto looks at the columns and says what it chose")
     columns: Columns | None = Field(None, description="for format: columns")
@@ -198,3 +197,16 @@ class Config(Section):
     train: Train = Field(default_factory=Train, description="how it is learned")
     samples: Samples = Field(default_factory=Samples, description="prompts answered along the way")
     output: Output = Field(default_factory=Output, description="what is written, and where")
+
+
+def leaves(section: type[Section] = Config, prefix: str = "") -> list[str]:
+    """Dotted keys of all single values of the config (`train.lr`), in the order of the schema; lists are one value."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
+        keys += leaves(inner, f"{prefix}{name}.") if inner is not None else [prefix + name]
+    return keys
+
+
+def _is_section(annotation: object) -> TypeIs[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
