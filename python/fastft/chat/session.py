@@ -253,7 +253,9 @@ def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     if bits and stored_4bit is None:
         place["quantization_config"] = quantization.settings(schema.Quantization(), on)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base.weights_folder, dtype=held, **place)
+        model = AutoModelForCausalLM.from_pretrained(
+            base.weights_folder, config=model_load.read_model_config(base), dtype=held, **place
+        )
     except (OSError, ValueError, KeyError) as cause:
         raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
     if bits or stored_4bit is not None:

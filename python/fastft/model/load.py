@@ -19,8 +19,9 @@ from fastft.model.tokenizer import load_tokenizer
 
 __all__ = ["Base", "Loaded", "load", "load_tokenizer", "load_weights", "locate"]
 
-# Checkpoints of these types are read as Llama: transformers has no class for them (spec training.md 5).
-_LAID_OUT_AS_LLAMA = ("internlm", "internlm2")
+# transformers has no classes for these (spec training.md 5); both are Llama under other names.
+_LAID_OUT_AS_LLAMA = ("internlm2",)
+_LLAMA_WITH_BIAS = "internlm"
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,37 @@ def locate(model: schema.Model) -> Base:
         return Base(name, folder, folder, config_json, None)
     from fastft.convert import layout
 
-    console.note(
-        f"model: {kind} is read natively in the Llama layout (no remote code); adapters merge onto the original files"
-    )
     laid_out = layout.internlm2_as_llama(folder)
+    console.note(f"model: {kind} is read as Llama, natively (no remote code); adapters merge onto the original files")
     return Base(name, folder, laid_out, read_config(laid_out), kind)
+
+
+def read_model_config(base: Base, **settings: Any) -> Any:
+    """The transformers config of a base.
+
+    InternLM (version 1) is Llama with biases on the four attention projections, names included, so its own files are
+    read with Llama's class.
+
+    Raises:
+        CheckpointError: transformers does not know this kind of model, or it needs `trust_remote_code`.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    if base.config_json.get("model_type") == _LLAMA_WITH_BIAS:
+        console.note("model: internlm is read as Llama with biases, natively (no remote code)")
+        dropped = ("architectures", "auto_map", "bias", "model_type", "transformers_version")
+        kept = {key: value for key, value in base.config_json.items() if key not in dropped}
+        biased = bool(base.config_json.get("bias", True))
+        attention = {k: v for k, v in settings.items() if k == "attn_implementation"}
+        return LlamaConfig(**{**kept, "attention_bias": biased}, **attention)
+    try:
+        return AutoConfig.from_pretrained(base.weights_folder, **settings)
+    except (ValueError, OSError, KeyError) as cause:
+        kind = base.config_json.get("model_type", "unknown")
+        hint = ""
+        if base.config_json.get("auto_map") and not settings.get("trust_remote_code"):
+            hint = "; it comes with code of its own, which model.trust_remote_code: true would run"
+        raise CheckpointError(f"model {base.folder}: model type {kind} cannot be read{hint}") from cause
 
 
 def load(config: schema.Config) -> Loaded:
@@ -93,7 +120,6 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     """
     quiet.prepare_environment()
     import torch
-    from transformers import AutoConfig
 
     quiet.hide_loading_bars()
     on = device.choose()
@@ -106,10 +132,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     settings: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
     if config.model.attention != "auto":
         settings["attn_implementation"] = config.model.attention
-    try:
-        model_config = AutoConfig.from_pretrained(base.weights_folder, **settings)
-    except (ValueError, OSError) as cause:
-        raise CheckpointError(f"model {base.folder}: {str(cause).splitlines()[0]}") from cause
+    model_config = read_model_config(base, **settings)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
     if config.model.init == "random":
         model = _draw(model_config, dtype, settings, config.train.seed)

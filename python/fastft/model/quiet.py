@@ -39,7 +39,7 @@ def _import_bitsandbytes() -> None:
         return function if function is not None else as_it_is
 
     compile_function = torch.compile
-    torch.compile = as_it_is
+    torch.compile = as_it_is  # type: ignore[assignment]  # its overloads do not matter here
     try:
         import bitsandbytes  # noqa: F401 - for its effect
     finally:

@@ -25,7 +25,9 @@ def order_of_epoch(num_rows: int, *, shuffle: bool, seed: int, epoch: int) -> li
 class EpochBatches(Sampler[list[int]]):
     """Batches of row numbers for one process; `set_epoch` chooses the order."""
 
-    def __init__(self, num_rows: int, batch_size: int, *, shuffle: bool, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, num_rows: int, batch_size: int, *, shuffle: bool, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.shuffle = shuffle

@@ -15,8 +15,10 @@ from fastft.training import checkpoint
 from fastft.training.checkpoint import Checkpoint
 
 # A change here means other rows, other batches or other weights: the checkpoint's numbers mean nothing then.
-_FIXED = ("task", "model.", "method.", "data.", "train.batch_size", "train.grad_accumulation", "train.seed")
-_FIXED += ("train.optimizer",)
+_FIXED = (
+    *("task", "model.", "method.", "data."),
+    *("train.batch_size", "train.grad_accumulation", "train.seed", "train.optimizer"),
+)
 # Where files go and what is shown says nothing about the result.
 _FREE = ("name", "output.", "samples.", "train.log_steps", "train.eval_steps", "train.sample_steps")
 

@@ -122,7 +122,7 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     about = record.describe(config, loaded, counts, steps)
     console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
     _require_space(work_dir, loaded.model, config)
-    loss = _train(config, work_dir, loaded, prepared, found, steps, about, writes=writes)
+    loss = _train(config, work_dir, loaded, prepared.data, about, found=found, writes=writes)
 
     artifact = work_dir / ("model" if config.method.kind == "full" else "adapter")
     if writes:
@@ -160,11 +160,10 @@ def _train(
     config: schema.Config,
     work_dir: Path,
     loaded: model_load.Loaded,
-    prepared: Prepared,
-    found: Checkpoint | None,
-    steps: int,
+    data: Any,
     about: dict[str, Any],
     *,
+    found: Checkpoint | None,
     writes: bool,
 ) -> float:
     """Make the steps; returns the loss of the last one."""
@@ -179,6 +178,7 @@ def _train(
     from fastft.training.periodic import Periodic
     from fastft.training.samples import SampleAnswers
 
+    steps = int(about["steps"])
     dtype = next(loaded.model.parameters()).dtype
     arguments = trainer.arguments(config, work_dir, steps, dtype, device.choose())
     interrupt = Interrupt()
@@ -189,14 +189,14 @@ def _train(
         answers = SampleAnswers(
             work_dir / "samples.jsonl", talk, config.samples, config.train.sample_steps, speaks=writes
         )
-        has_eval = prepared.data.eval is not None and len(prepared.data.eval) > 0
+        has_eval = data.eval is not None and len(data.eval) > 0
         work = trainer.FastftTrainer(
             config=config,
             model=loaded.model,
             args=arguments,
             collate=Collator(tokenizer.pad_id(loaded.tokenizer)),
-            train_rows=prepared.data.train,
-            eval_rows=prepared.data.eval if has_eval else None,
+            train_rows=data.train,
+            eval_rows=data.eval if has_eval else None,
             tokenizer=loaded.tokenizer,
             callbacks=[metrics, answers, Periodic(config.train.eval_steps if has_eval else None), interrupt],
             record={"config": resume.flat(config), "data": about["data"]},
@@ -206,7 +206,7 @@ def _train(
         with interrupt.listening(), _translated(work_dir, work):
             output = work.train(resume_from_checkpoint=str(found.path) if found else None)
         if has_eval and interrupt.received is None:
-            work.evaluate_once()
+            work.evaluate()
     if interrupt.received is not None:
         _say_how_to_go_on(work_dir, work.state.global_step)
         raise SystemExit(interrupt.exit_code)

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from fastft import console
 from fastft.config import schema
 from fastft.errors import TrainingError
-from fastft.model import adapter, device
+from fastft.model import adapter
 from fastft.training import checkpoint, loss
 from fastft.training.batches import EpochBatches, EpochLoader
 
@@ -77,7 +77,7 @@ def arguments(config: schema.Config, run_dir: Path, steps: int, dtype: torch.dty
     return made
 
 
-class FastftTrainer(Trainer):
+class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped for mypy
     """A Trainer for causal language models with fastft's samples.
 
     Args:
@@ -195,10 +195,6 @@ class FastftTrainer(Trainer):
         self.log(dict(metrics))
         return metrics
 
-    def evaluate_once(self) -> None:
-        """Measure the eval loss at the end; the training's state is still there."""
-        self.evaluate()
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the Trainer's names
         """Write a whole checkpoint or none; only the main process writes, the others send what is theirs."""
         states = self._random_states()
@@ -239,6 +235,13 @@ class FastftTrainer(Trainer):
         torch.distributed.all_gather_object(gathered, own)
         return gathered
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Tied weights stand in a file once; anything else that is missing would be lost in silence."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or self.model._tied_weights_keys or ())  # noqa: SLF001
+        lost = sorted({*load_result.missing_keys} - tied) + sorted(load_result.unexpected_keys)
+        if lost:
+            raise TrainingError(f"--resume: the checkpoint's weights do not fit the model: {', '.join(lost[:5])}")
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         """Weights, config and tokenizer; no pickle of the arguments."""
         assert output_dir is not None
@@ -277,6 +280,3 @@ def _set_checkpointing(causal_lm: Any, wanted: bool | str, on: torch.device) -> 
         causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-
-
-__all__ = ["FastftTrainer", "arguments", "describe_weights", "device", "save_model", "total_steps"]
