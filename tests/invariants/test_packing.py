@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 VOCABULARY = 64
 LENGTHS = (5, 12, 3, 9, 16, 2, 7)
-# The model is float64: sums in another order differ by some 1e-16 of their size; the losses are about 4 per token, the
-# gradients about 1. The eager attention of transformers computes its softmax in float32 (2**-24 of each weight).
-TOLERANCES = {"sdpa": 1e-12, "eager": 1e-7}
+# As part of the largest value. The model is float64: sums in another order differ by a few 1e-16. But transformers'
+# eager attention computes its softmax in float32: each weight is off by up to 2**-24 of itself, in two layers, forward
+# and backward, on both of the roads that are compared.
+TOLERANCES = {"sdpa": 1e-12, "eager": 8 * 2**-24}
 
 
 def documents() -> Documents:
@@ -66,8 +67,6 @@ def loss_and_gradients(model: Any, batches: Sequence[dict[str, "torch.Tensor"]])
 
 
 def test_packed_equals_padded_equals_alone(model: Any) -> None:
-    import torch
-
     tolerance = TOLERANCES[model.config._attn_implementation]
     whole = documents()
     single = Samples(whole, np.arange(len(LENGTHS) + 1, dtype=np.int64))
@@ -91,7 +90,7 @@ def test_packed_equals_padded_equals_alone(model: Any) -> None:
         loss, gradients = loss_and_gradients(model, batches)
         assert loss == pytest.approx(expected_loss, rel=tolerance), name
         for ours, theirs in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance, msg=name)
+            assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max(), name
 
 
 def test_without_positions_documents_would_see_each_other(model: Any) -> None:

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastft import console
+from fastft.config.schema import Config
+from fastft.data.prepare import first
 from fastft.data.samples import NOT_LEARNED, Sample, Samples
+from fastft.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -21,14 +24,44 @@ OPEN_MARK, CLOSE_MARK = "[[", "]]"
 DOCUMENT_BORDER = "\n--- next document of this row ---\n"
 
 
-def view(samples: Samples, index: int, tokenizer: Any, show: Show, *, colour: bool) -> "Text":
+def show(config: Config, tokenizer: Any, *, what: Show, index: int, num: int) -> None:
+    """Print samples of the train data on stdout.
+
+    One sample at a time, in the order of the data: packing only decides which of them share a row.
+
+    Args:
+        config: its data section is read, as far as needed.
+        tokenizer: the model's, with its chat template.
+        what: which view.
+        index: the first sample, from 0.
+        num: how many, at least 1.
+
+    Raises:
+        UsageError: no such sample.
+        DataError, FileError, HubError: the data cannot be read.
+    """
+    from rich.text import Text
+
+    if index < 0 or num < 1:
+        raise UsageError(f"log-dataset: index {index}, num {num}; index counts from 0, and num is at least 1")
+    samples = first(config.data, config.task, tokenizer, index + num)
+    if index >= len(samples):
+        raise UsageError(f"log-dataset: no sample {index}; the train data has {len(samples)}, counted from 0")
+    out = console.stdout()
+    for number in range(index, min(index + num, len(samples))):
+        if number > index:
+            out.print(Text())
+        out.print(view(samples, number, tokenizer, what, colour=out.is_terminal))
+
+
+def view(samples: Samples, index: int, tokenizer: Any, what: Show, *, colour: bool) -> "Text":
     """One sample with a line that says where it came from.
 
     Args:
         samples: the train or eval part.
         index: 0 to len(samples) - 1.
         tokenizer: decodes the ids.
-        show: what to print; `all` is everything one after the other.
+        what: what to print; `all` is everything one after the other.
         colour: mark learned tokens by colour instead of by `[[ ]]`.
     """
     from rich.text import Text
@@ -41,11 +74,11 @@ def view(samples: Samples, index: int, tokenizer: Any, show: Show, *, colour: bo
         "labels": Text(plain(sample, tokenizer, "labels")),
     }
     parts = [Text(header(samples, index), style="bold" if colour else "")]
-    if show == "all":
+    if what == "all":
         for name, shown in views.items():
             parts += [Text(f"{name}:"), shown]
     else:
-        parts.append(views[show])
+        parts.append(views[what])
     return Text("\n").join(parts)
 
 
@@ -55,14 +88,14 @@ def header(samples: Samples, index: int) -> str:
     more = f" and {len(places) - 1} more" if len(places) > 1 else ""
     labels = samples[index]["labels"]
     learned = sum(label != NOT_LEARNED for label in labels)
-    return f"sample {index} of {len(samples)}, from {places[0]}{more}: {len(labels)} tokens, {learned} learned"
+    return f"sample {index}, from {places[0]}{more}: {len(labels)} tokens, {learned} learned"
 
 
-def plain(sample: Sample, tokenizer: Any, show: Literal["text", "input_ids", "labels"]) -> str:
+def plain(sample: Sample, tokenizer: Any, what: Literal["text", "input_ids", "labels"]) -> str:
     """The whole text, the ids, or the labels (-100 is not learned) of a sample."""
-    if show == "text":
+    if what == "text":
         return "".join(text for text, _ in pieces(sample, tokenizer))
-    return str(sample["input_ids"] if show == "input_ids" else sample["labels"])
+    return str(sample["input_ids"] if what == "input_ids" else sample["labels"])
 
 
 def masked_text(sample: Sample, tokenizer: Any, *, colour: bool = True) -> "Text":
