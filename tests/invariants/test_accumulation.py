@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_llama
+import tiny_run
 from safetensors.torch import load_file
 
 from fastft.training import run
@@ -13,14 +13,14 @@ from fastft.training import run
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.write_model(tmp_path_factory.mktemp("model"))
+    return tiny_run.write_model(tmp_path_factory.mktemp("model"))
 
 
 def test_accumulation_equals_a_big_batch(model: Path, tmp_path: Path) -> None:
-    data = tiny_llama.write_dialogues(tmp_path / "rows.jsonl", 11)  # 11: the last step of an epoch is smaller
+    data = tiny_run.write_dialogues(tmp_path / "rows.jsonl", 11)  # 11: the last step of an epoch is smaller
     results = []
     for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
-        config = tiny_llama.config(
+        config = tiny_run.config(
             model,
             data,
             kind="full",

@@ -7,7 +7,7 @@ trap A); elsewhere only the random numbers could differ.
 from pathlib import Path
 
 import pytest
-import tiny_llama
+import tiny_run
 import torch
 from safetensors.torch import load_file
 
@@ -18,13 +18,13 @@ from fastft.training import run
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.write_model(tmp_path_factory.mktemp("model"), dtype="bfloat16")
+    return tiny_run.write_model(tmp_path_factory.mktemp("model"), dtype="bfloat16")
 
 
 def _config(model: Path, folder: Path, **changes: object) -> Config:
-    data = tiny_llama.write_dialogues(folder / "rows.jsonl")
+    data = tiny_run.write_dialogues(folder / "rows.jsonl")
     lora = {"r": 4, "alpha": 8, "dropout": 0.3}
-    return tiny_llama.config(model, data, kind="qlora", method__lora=lora, data__eval_rows=2, **changes)
+    return tiny_run.config(model, data, kind="qlora", method__lora=lora, data__eval_rows=2, **changes)
 
 
 def test_training_is_bit_for_bit_the_same(model: Path, tmp_path: Path) -> None:

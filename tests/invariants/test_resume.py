@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-import tiny_llama
+import tiny_run
 import torch
 from safetensors.torch import load_file
 
@@ -19,8 +19,8 @@ from fastft.training import checkpoint, resume, run
 def _config(folder: Path, **changes: object) -> Config:
     model = folder / "model"
     if not model.exists():
-        tiny_llama.write_model(model)
-    data = tiny_llama.write_dialogues(folder / "rows.jsonl", 12)
+        tiny_run.write_model(model)
+    data = tiny_run.write_dialogues(folder / "rows.jsonl", 12)
     settings = {
         "method__lora": {"r": 4, "alpha": 8, "dropout": 0.2},
         "train__batch_size": 2,
@@ -31,7 +31,7 @@ def _config(folder: Path, **changes: object) -> Config:
         "output__save_steps": 2,
         "output__keep": 2,
     }
-    return tiny_llama.config(model, data, **{**settings, **changes})
+    return tiny_run.config(model, data, **{**settings, **changes})
 
 
 KILLED = """

@@ -18,7 +18,7 @@ def as_table(plan: "MergePlan") -> str:
     lines = [f"base     {plan.base.folder}"]
     for adapter, weight in plan.adapters:
         lines.append(f"adapter  {adapter.folder}" + (f"  x {weight:g}" if weight != 1.0 else ""))
-    lines += ["", _row("tensor", "shape", "dtype", "what", "file"), "-" * _WIDTH]
+    lines += ["", _row("tensor", "shape", "dtype", "what", "in"), "-" * _WIDTH]
     num_shards = len(plan.shards)
     for number, shard in enumerate(plan.shards, 1):
         lines += [_tensor_row(tensor, number) for tensor in shard.tensors]

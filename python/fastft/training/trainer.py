@@ -121,9 +121,9 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         causal_lm.config.use_cache = False
         _set_checkpointing(causal_lm, config.train.gradient_checkpointing, args.device)
         loss.install(causal_lm)
-        super().__init__(
-            model=model, args=args, data_collator=collate, processing_class=tokenizer, callbacks=list(callbacks)
-        )
+        # Trainer gets no tokenizer: it would write the tokenizer's special tokens into the model's config.
+        self.tokenizer = tokenizer
+        super().__init__(model=model, args=args, data_collator=collate, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)
         # Ours divides the sum of the losses by the learned tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
@@ -245,7 +245,7 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         """Weights, config and tokenizer; no pickle of the arguments."""
         assert output_dir is not None
-        save_model(self.model, self.processing_class, Path(output_dir))
+        save_model(self.model, self.tokenizer, Path(output_dir))
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
