@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_run
 from safetensors.torch import load_file
 
+import tiny_run
 from fastft.training import run
 
 

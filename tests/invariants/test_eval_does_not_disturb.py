@@ -7,10 +7,10 @@ trap A); elsewhere only the random numbers could differ.
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
 from safetensors.torch import load_file
 
+import tiny_run
 from fastft.config.schema import Config
 from fastft.model import load, quantization
 from fastft.training import run

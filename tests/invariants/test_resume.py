@@ -7,10 +7,10 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-import tiny_run
 import torch
 from safetensors.torch import load_file
 
+import tiny_run
 from fastft.config.schema import Config
 from fastft.errors import ConfigError, TrainingError
 from fastft.training import checkpoint, resume, run

@@ -22,9 +22,9 @@ def all_tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
 
 
-def run(base: Path, adapter: Path, target: Path, **options: object) -> merge.MergeReport:
+def run(base: Path, adapter: Path, target: Path, *, force: bool = False, **options: object) -> merge.MergeReport:
     plan = merge.plan(base, [(adapter, 1.0)], **options)  # type: ignore[arg-type]
-    return merge.execute(plan, target)
+    return merge.execute(plan, target, force=force)
 
 
 def expected(base: dict[str, np.ndarray], adapter: dict[str, np.ndarray], scale: float = 2.0) -> dict[str, np.ndarray]:
@@ -164,9 +164,9 @@ def test_an_adapter_that_does_not_fit_leaves_the_target_alone(
     base = tiny_llama.write_base(tmp_path / "base")
     run(base, tiny_llama.write_adapter(tmp_path / "good"), tmp_path / "merged")
     before = {file.name: file.read_bytes() for file in (tmp_path / "merged").iterdir()}
+    bad = tiny_llama.write_adapter(tmp_path / "bad", broken(change))
     with pytest.raises((PlanError, CheckpointError)) as refusal:
-        plan = merge.plan(base, [(tiny_llama.write_adapter(tmp_path / "bad", broken(change)), 1.0)])
-        merge.execute(plan, tmp_path / "merged", force=True)
+        run(base, bad, tmp_path / "merged", force=True)
     for word in words:
         assert word in str(refusal.value)
     assert {file.name: file.read_bytes() for file in (tmp_path / "merged").iterdir()} == before

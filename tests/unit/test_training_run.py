@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_run
 
+import tiny_run
 from fastft.errors import ConfigError, DataError, FileError, TrainingError
 from fastft.training import checkpoint, run
 from fastft.training.trainer import FastftTrainer
@@ -62,7 +62,11 @@ def test_the_loss_falls_and_the_files_are_there(
 
 def test_the_record_of_a_quantized_base(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
     config = tiny_run.config(
-        model, data["sft"], kind="qlora", method__quantization={"type": "fp4", "double_quant": False}, train__max_steps=1
+        model,
+        data["sft"],
+        kind="qlora",
+        method__quantization={"type": "fp4", "double_quant": False},
+        train__max_steps=1,
     )
     done = run.run(config, work_dir=tmp_path / "run")
     record = json.loads((done.run_dir / "fastft_training.json").read_text())
