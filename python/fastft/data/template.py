@@ -388,4 +388,5 @@ def _token_from(encoding: Any, text: str, place: int) -> int:
         if token is not None:  # None: the tokenizer drops this character
             start, _ = encoding.token_to_chars(token)
             return int(token) + (start < place)
-    return len(encoding)
+    num_tokens: int = len(encoding)
+    return num_tokens
