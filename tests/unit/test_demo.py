@@ -172,7 +172,11 @@ def test_the_base_lacks_what_the_fine_tuning_teaches(tokenizer):
             [{"role": "user", "content": probe.prompt}], add_generation_prompt=True, return_tensors="pt"
         )["input_ids"]
         answer = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=80,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
         )
         assert not probe.learned(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)), probe
 

@@ -1,0 +1,134 @@
+//! The plan as Python writes it: JSON with every name spelled out and nothing left over.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use fastft_checkpoint::{Dtype, Error, Result};
+use serde::Deserialize;
+
+/// A whole conversion.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// The files that are read; sources name them by index.
+    pub files: Vec<PathBuf>,
+    /// The files that are written.
+    pub shards: Vec<Shard>,
+}
+
+/// A file that is written.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shard {
+    /// Where; there must be no such file yet.
+    pub path: PathBuf,
+    /// The pairs of `__metadata__`.
+    #[serde(default)]
+    pub metadata: BTreeMap<String, String>,
+    /// Its tensors, in any order.
+    pub tensors: Vec<Tensor>,
+}
+
+/// A tensor that is written.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tensor {
+    /// Its name.
+    pub name: String,
+    /// Its dtype.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<u64>,
+    /// What makes it.
+    pub op: Operation,
+}
+
+/// What makes a tensor.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Operation {
+    /// The bytes of the source.
+    Copy {
+        /// Same dtype, same number of values.
+        source: Source,
+    },
+    /// The values of the source in the output's dtype, rounded once; a finite value that would become infinite is an error.
+    Cast {
+        /// Floating point, same number of values.
+        source: Source,
+    },
+    /// Rows (of the first dimension) of one or more sources, one part after the other; cast when dtypes differ.
+    Rows {
+        /// The parts in the order of the output.
+        parts: Vec<Part>,
+    },
+    /// The source plus low-rank products. Its rows are the first dimension of the *source's* shape.
+    Merge {
+        /// The base weight, same number of values as the output.
+        source: Source,
+        /// What is added.
+        deltas: Vec<Delta>,
+    },
+}
+
+/// A range of bytes of a file that holds a tensor, row-major and little-endian.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// Index into [`Plan::files`].
+    pub file: usize,
+    /// First byte.
+    pub offset: u64,
+    /// Dtype of the values.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: Vec<u64>,
+}
+
+/// Some rows of a source.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    /// Where they are.
+    pub source: Source,
+    /// First row.
+    pub start: u64,
+    /// Number of rows.
+    pub count: u64,
+}
+
+/// A low-rank product `scale * (B A)`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Delta {
+    /// A, (rank, inputs); later dimensions are flattened (convolutions).
+    pub a: Source,
+    /// B, (outputs, rank).
+    pub b: Source,
+    /// What the product is multiplied by; rounded to f32.
+    pub scale: f64,
+    /// Whether the transpose of the product is added (the weight is (inputs, outputs), as in GPT-2).
+    #[serde(default)]
+    pub transposed: bool,
+    /// `[row of the weight, row of the product, number of rows]`: where which rows go; all of them when absent.
+    #[serde(default)]
+    pub rows: Option<Vec<(u64, u64, u64)>>,
+}
+
+impl Plan {
+    /// Reads a plan.
+    ///
+    /// # Errors
+    /// The text is no plan.
+    pub fn from_json(text: &str) -> Result<Self> {
+        serde_json::from_str(text).map_err(|error| Error::Plan(format!("run_plan: the plan cannot be read: {error}")))
+    }
+}
+
+impl Source {
+    /// Number of rows: the first dimension, 1 for a single value.
+    #[must_use]
+    pub fn num_rows(&self) -> u64 {
+        self.shape.first().copied().unwrap_or(1)
+    }
+}

@@ -1,0 +1,262 @@
+//! The stream: workers take tiles in the order of the output, make them and write them.
+
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use fastft_checkpoint::{Error, Output, Result};
+use fastft_kernels::Cpu;
+
+use crate::job::{Job, Kind};
+use crate::tile::{self, Buffers, Reader};
+
+/// What a run may use.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Workers, at least 1.
+    pub num_threads: usize,
+    /// Bytes of all buffers together. The adapter factors of the tensors in work come on top.
+    pub memory_budget_bytes: usize,
+}
+
+/// How far a run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of tensors written.
+    pub done_bytes: u64,
+    /// Bytes of tensors that will be written.
+    pub total_bytes: u64,
+}
+
+/// What a run did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All files are written and on the disk.
+    Done {
+        /// Bytes read.
+        bytes_read: u64,
+        /// Bytes written, headers included.
+        bytes_written: u64,
+        /// Number of tensors.
+        num_tensors: usize,
+    },
+    /// The caller stopped it; the files are incomplete.
+    Stopped,
+}
+
+/// How often the caller is asked whether to go on.
+const TICK: Duration = Duration::from_millis(50);
+
+const LARGEST_TILE_BYTES: usize = 8 << 20;
+const SMALLEST_TILE_BYTES: usize = 64 << 10;
+
+/// Runs `job`. `watch` is called in the calling thread some 20 times a second and once at the end; `Break` stops the run.
+///
+/// # Errors
+/// A file cannot be read or written, an input changed, or a value cannot be represented; the output is incomplete.
+///
+/// # Panics
+/// Only by a bug: a panic of a worker goes on in the caller.
+pub fn run(job: &Job, cpu: Cpu, limits: Limits, watch: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<Outcome> {
+    let num_threads = limits.num_threads.max(1);
+    let tile_bytes = (limits.memory_budget_bytes / (4 * num_threads)).clamp(SMALLEST_TILE_BYTES, LARGEST_TILE_BYTES);
+    let stream = Stream::new(job, cpu, tile_bytes)?;
+    let panicked = std::thread::scope(|scope| {
+        let (alive, all_ended) = channel::<()>();
+        let workers: Vec<_> = (0..num_threads)
+            .map(|_| {
+                let alive = alive.clone();
+                let stream = &stream;
+                scope.spawn(move || stream.work(&alive))
+            })
+            .collect();
+        drop(alive);
+        while all_ended.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+            if watch(stream.progress()).is_break() {
+                stream.stop();
+            }
+        }
+        workers.into_iter().find_map(|worker| worker.join().err())
+    });
+    if let Some(payload) = panicked.or_else(|| lock(&stream.panic).take()) {
+        resume_unwind(payload);
+    }
+    if let Some(error) = lock(&stream.failure).take() {
+        return Err(error);
+    }
+    if stream.stopped.load(Ordering::Relaxed) || watch(stream.progress()).is_break() {
+        return Ok(Outcome::Stopped);
+    }
+    for input in &job.inputs {
+        input.check_unchanged()?;
+    }
+    let bytes_written = job.files.iter().map(|file| file.size_bytes).sum();
+    Ok(Outcome::Done { bytes_read: stream.bytes_read.into_inner(), bytes_written, num_tensors: job.tensors.len() })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Some rows of a tensor.
+#[derive(Clone, Copy, Debug)]
+struct Tile {
+    tensor: usize,
+    first_row: usize,
+    num_rows: usize,
+}
+
+/// What the workers share.
+struct Stream<'a> {
+    job: &'a Job,
+    cpu: Cpu,
+    tiles: Vec<Tile>,
+    next: AtomicUsize,
+    /// Tiles of each tensor that are not done.
+    left: Vec<AtomicUsize>,
+    /// The open output files.
+    outputs: Vec<Mutex<Option<Arc<Output>>>>,
+    stopped: AtomicBool,
+    failure: Mutex<Option<Error>>,
+    panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
+    bytes_read: AtomicU64,
+    bytes_done: AtomicU64,
+}
+
+impl<'a> Stream<'a> {
+    fn new(job: &'a Job, cpu: Cpu, tile_bytes: usize) -> Result<Self> {
+        let mut tiles = Vec::new();
+        let mut left = Vec::with_capacity(job.tensors.len());
+        for (tensor, made) in job.tensors.iter().enumerate() {
+            let too_large = |_| Error::Plan(format!("tensor {:?}: too large for this machine", made.name));
+            let num_rows = usize::try_from(made.num_rows).map_err(too_large)?;
+            let row_bytes = usize::try_from(made.row_bytes).map_err(too_large)?;
+            let before = tiles.len();
+            if let Some(most_rows) = tile_bytes.checked_div(row_bytes) {
+                let most_rows = most_rows.max(1);
+                let starts = (0..num_rows).step_by(most_rows);
+                tiles.extend(starts.map(|first_row| Tile {
+                    tensor,
+                    first_row,
+                    num_rows: most_rows.min(num_rows - first_row),
+                }));
+            }
+            left.push(AtomicUsize::new(tiles.len() - before));
+        }
+        Ok(Self {
+            job,
+            cpu,
+            tiles,
+            next: AtomicUsize::new(0),
+            left,
+            outputs: job.files.iter().map(|_| Mutex::new(None)).collect(),
+            stopped: AtomicBool::new(false),
+            failure: Mutex::new(None),
+            panic: Mutex::new(None),
+            bytes_read: AtomicU64::new(0),
+            bytes_done: AtomicU64::new(0),
+        })
+    }
+
+    fn progress(&self) -> Progress {
+        Progress { done_bytes: self.bytes_done.load(Ordering::Relaxed), total_bytes: self.job.total_bytes }
+    }
+
+    /// Ends all workers soon, also one that waits to write the last piece of a file.
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        for output in &self.outputs {
+            if let Some(output) = lock(output).as_ref() {
+                output.give_up();
+            }
+        }
+    }
+
+    /// A worker's life; `_alive` tells the caller when it ends.
+    fn work(&self, _alive: &Sender<()>) {
+        match catch_unwind(AssertUnwindSafe(|| self.make_tiles())) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                // The first failure is the cause, later ones may only follow from it; and none counts after a stop.
+                if !self.stopped.load(Ordering::SeqCst) {
+                    lock(&self.failure).get_or_insert(error);
+                }
+                self.stop();
+            }
+            Err(payload) => {
+                lock(&self.panic).get_or_insert(payload);
+                self.stop();
+            }
+        }
+    }
+
+    fn make_tiles(&self) -> Result<()> {
+        let mut buffers = Buffers::default();
+        self.write_empty_files()?;
+        while !self.stopped.load(Ordering::SeqCst) {
+            let Some(tile) = self.tiles.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
+            self.make_tile(*tile, &mut buffers)?;
+        }
+        Ok(())
+    }
+
+    /// Files without data have no tile that would write them.
+    fn write_empty_files(&self) -> Result<()> {
+        for (index, file) in self.job.files.iter().enumerate() {
+            if file.size_bytes == file.head.len() as u64 {
+                let mut output = lock(&self.outputs[index]);
+                if output.is_none() {
+                    *output = Some(self.create(index)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn make_tile(&self, tile: Tile, buffers: &mut Buffers) -> Result<()> {
+        let made = &self.job.tensors[tile.tensor];
+        let reader =
+            Reader { tensor: &made.name, cpu: self.cpu, inputs: &self.job.inputs, bytes_read: &self.bytes_read };
+        tile::make(made, &reader, tile.first_row, tile.num_rows, buffers)?;
+        if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1
+            && let Kind::Merge(merge) = &made.kind
+        {
+            merge.finish();
+        }
+        let output = self.output(made.file)?;
+        let is_whole = output.write_at(&buffers.output, made.offset + tile.first_row as u64 * made.row_bytes)?;
+        self.bytes_done.fetch_add(buffers.output.len() as u64, Ordering::Relaxed);
+        if is_whole {
+            output.sync()?;
+            lock(&self.outputs[made.file]).take();
+        }
+        Ok(())
+    }
+
+    fn output(&self, file: usize) -> Result<Arc<Output>> {
+        let mut output = lock(&self.outputs[file]);
+        if let Some(output) = output.as_ref() {
+            return Ok(Arc::clone(output));
+        }
+        let created = self.create(file)?;
+        *output = Some(Arc::clone(&created));
+        drop(output);
+        if self.stopped.load(Ordering::SeqCst) {
+            created.give_up(); // `stop` may have passed before the file was there
+        }
+        Ok(created)
+    }
+
+    /// Creates a file and writes its header.
+    fn create(&self, file: usize) -> Result<Arc<Output>> {
+        let file = &self.job.files[file];
+        let output = Output::create(&file.path, file.size_bytes)?;
+        if output.write_at(&file.head, 0)? {
+            output.sync()?;
+        }
+        Ok(Arc::new(output))
+    }
+}

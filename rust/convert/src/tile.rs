@@ -1,0 +1,131 @@
+//! Makes one tile: some rows of one output tensor, in a buffer.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use fastft_checkpoint::{Error, Input, Result};
+use fastft_kernels::{Cpu, Element, cast};
+
+use crate::job::{Kind, Made, Number, PartPlace, Place};
+
+/// The buffers of a worker, kept from tile to tile.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    /// Bytes as read, where they cannot be read into their place.
+    pub input: Vec<u8>,
+    /// Bytes to be written.
+    pub output: Vec<u8>,
+}
+
+/// Reads for one tensor, and names it in errors.
+pub struct Reader<'a> {
+    /// The tensor that is made.
+    pub tensor: &'a str,
+    /// What the kernels run on.
+    pub cpu: Cpu,
+    /// The files.
+    pub inputs: &'a [Input],
+    /// Counts what is read.
+    pub bytes_read: &'a AtomicU64,
+}
+
+impl Reader<'_> {
+    /// Fills `buffer` from `place` on.
+    pub fn read(&self, place: Place, buffer: &mut [u8]) -> Result<()> {
+        self.inputs[place.input].read_at(buffer, place.offset).map_err(|error| self.named(error))?;
+        self.bytes_read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The file of `place`.
+    pub fn path(&self, place: Place) -> &Path {
+        self.inputs[place.input].path()
+    }
+
+    /// A refusal that names the tensor.
+    pub fn refuse(&self, reason: &str) -> Error {
+        Error::Plan(format!("tensor {:?}: {reason}", self.tensor))
+    }
+
+    fn named(&self, error: Error) -> Error {
+        let name = |reason| format!("tensor {:?}: {reason}", self.tensor);
+        match error {
+            Error::Checkpoint(reason) => Error::Checkpoint(name(reason)),
+            Error::File(reason) => Error::File(name(reason)),
+            Error::Plan(reason) => Error::Plan(name(reason)),
+        }
+    }
+}
+
+/// Makes rows `first..first + count` of `made` in `buffers.output`.
+pub fn make(made: &Made, reader: &Reader, first: usize, count: usize, buffers: &mut Buffers) -> Result<()> {
+    let row_bytes = usize::try_from(made.row_bytes).map_err(|_| reader.refuse("a row is larger than memory"))?;
+    buffers.output.resize(count * row_bytes, 0);
+    match &made.kind {
+        Kind::Copy { place } => reader.read(ahead(*place, first as u64), &mut buffers.output),
+        Kind::Cast { place, from, to } => {
+            let size = from.size_bytes();
+            buffers.input.resize(count * size, 0);
+            reader.read(ahead(*place, (first * size) as u64), &mut buffers.input)?;
+            narrow(reader, *from, &buffers.input, *to, &mut buffers.output)
+        }
+        Kind::Rows { parts, to } => gather(reader, parts, *to, row_bytes, first, buffers),
+        Kind::Merge(merge) => merge.make(reader, first, buffers),
+    }
+}
+
+fn ahead(place: Place, bytes: u64) -> Place {
+    Place { offset: place.offset + bytes, ..place }
+}
+
+fn narrow(reader: &Reader, from: Number, source: &[u8], to: Element, target: &mut [u8]) -> Result<()> {
+    let kept = match from {
+        Number::Element(from) => cast::cast(reader.cpu, from, source, to, target),
+        Number::F64 => cast::cast_f64(source, to, target),
+    };
+    if kept.map_err(|error| reader.refuse(&error.to_string()))? {
+        return Ok(());
+    }
+    Err(reader.refuse(&format!("a value is too large for {to:?}; choose a wider dtype")))
+}
+
+fn gather(
+    reader: &Reader,
+    parts: &[PartPlace],
+    to: Option<Element>,
+    row_bytes: usize,
+    first: usize,
+    buffers: &mut Buffers,
+) -> Result<()> {
+    let Buffers { input, output } = buffers;
+    let end = first as u64 + output.len().checked_div(row_bytes).unwrap_or(0) as u64;
+    let from_part = parts.partition_point(|part| part.first_row + part.num_rows <= first as u64);
+    let mut rest = &mut output[..];
+    for part in parts[from_part..].iter().take_while(|part| part.first_row < end) {
+        let start = part.first_row.max(first as u64);
+        let rows = (part.first_row + part.num_rows).min(end) - start;
+        let rows = usize::try_from(rows).map_err(|_| reader.refuse("too many rows"))?;
+        let (target, after) = rest.split_at_mut(rows * row_bytes);
+        rest = after;
+        let place = ahead(part.place, (start - part.first_row) * part.row_bytes);
+        match part.from.zip(to) {
+            None => reader.read(place, target)?,
+            Some((from, to)) => {
+                let values = target.len() / to.size_bytes();
+                input.resize(values * from.size_bytes(), 0);
+                reader.read(place, input)?;
+                narrow(reader, from, input, to, target)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Number {
+    fn size_bytes(self) -> usize {
+        match self {
+            Self::Element(element) => element.size_bytes(),
+            Self::F64 => 8,
+        }
+    }
+}

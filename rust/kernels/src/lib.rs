@@ -1,0 +1,13 @@
+//! Numbers in, numbers out: the arithmetic of fastft, with no files and no Python.
+//!
+//! Each kernel is a folder: `mod.rs` checks sizes and chooses, `scalar.rs` is the specification in plain loops, the
+//! other files are variants for a CPU level that agree with it bit for bit. The level is chosen once, in [`level`].
+//! This is the only crate of the workspace in which `unsafe` may stand.
+
+pub mod cast;
+pub mod element;
+pub mod level;
+pub mod merge;
+
+pub use element::Element;
+pub use level::{Cpu, Level, LevelError};

@@ -1,0 +1,105 @@
+//! The bodies that both x86 levels compile for themselves. The compiler keeps the sums of a small tile (rows x width)
+//! in vector registers; each sum still runs over the rank in the scalar order, so the bits are those of `scalar`.
+
+use super::{MOST_COLUMNS, PANEL, Product};
+use crate::cast::lanes::{bf16_bits, f16_bits, lost_bf16, lost_f16};
+use crate::element::{Element, is_finite};
+
+/// The product for exactly `ROWS` rows, `WIDTH` columns at a time; `WIDTH` divides the panel.
+#[inline(always)]
+pub fn product_of<const ROWS: usize, const WIDTH: usize>(
+    part: Product,
+    left: &[f32],
+    panels: &[f32],
+    sums: &mut [f32],
+) {
+    let left = left.as_chunks::<ROWS>().0;
+    for (index, panel) in panels.chunks_exact(part.rank * PANEL).enumerate() {
+        let panel = panel.as_chunks::<PANEL>().0;
+        for first in (0..PANEL).step_by(WIDTH) {
+            let tile = tile::<ROWS, WIDTH>(left, panel, first);
+            for (row, tile_row) in tile.iter().enumerate() {
+                let places = &mut sums[row * MOST_COLUMNS + index * PANEL + first..][..WIDTH];
+                if part.add {
+                    for (place, sum) in places.iter_mut().zip(tile_row) {
+                        *place += sum * part.scale;
+                    }
+                } else {
+                    for (place, sum) in places.iter_mut().zip(tile_row) {
+                        *place = sum * part.scale;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn tile<const ROWS: usize, const WIDTH: usize>(
+    left: &[[f32; ROWS]],
+    panel: &[[f32; PANEL]],
+    first: usize,
+) -> [[f32; WIDTH]; ROWS] {
+    let mut sums = [[0.0_f32; WIDTH]; ROWS];
+    for (left, right) in left.iter().zip(panel) {
+        let right = &right[first..first + WIDTH];
+        for row in 0..ROWS {
+            for column in 0..WIDTH {
+                sums[row][column] = left[row].mul_add(right[column], sums[row][column]);
+            }
+        }
+    }
+    sums
+}
+
+/// See [`super::scalar::add`].
+#[inline]
+#[target_feature(enable = "f16c,avx")]
+pub fn add_f16(base: &[f32], sums: &[f32], target: &mut [u8]) -> bool {
+    const LANES: usize = 8;
+    let (bases, base_rest) = base.as_chunks::<LANES>();
+    let (sum_blocks, sums_rest) = sums.as_chunks::<LANES>();
+    let (targets, target_rest) = target.as_chunks_mut::<{ LANES * 2 }>();
+    let mut lost = 0;
+    for ((base, sums), bytes) in bases.iter().zip(sum_blocks).zip(targets) {
+        let mut merged = [0.0; LANES];
+        for lane in 0..LANES {
+            merged[lane] = sum_or_base(base[lane], sums[lane]);
+        }
+        *bytes = f16_bits(&merged);
+        for (base, half) in base.iter().zip(bytes.as_chunks::<2>().0) {
+            lost |= lost_f16(base.to_bits(), u16::from_le_bytes(*half));
+        }
+    }
+    lost == 0 && super::scalar::add(base_rest, sums_rest, Element::F16, target_rest)
+}
+
+/// See [`super::scalar::add`].
+#[inline(always)]
+pub fn add_bf16(base: &[f32], sums: &[f32], target: &mut [u8]) -> bool {
+    let mut lost = 0;
+    for ((base, sum), bytes) in base.iter().zip(sums).zip(target.as_chunks_mut::<2>().0) {
+        let half = bf16_bits(sum_or_base(*base, *sum).to_bits());
+        lost |= lost_bf16(base.to_bits(), half);
+        *bytes = half.to_le_bytes();
+    }
+    lost == 0
+}
+
+/// See [`super::scalar::add`].
+#[inline(always)]
+pub fn add_f32(base: &[f32], sums: &[f32], target: &mut [u8]) -> bool {
+    let mut lost = 0;
+    for ((base, sum), bytes) in base.iter().zip(sums).zip(target.as_chunks_mut::<4>().0) {
+        let merged = sum_or_base(*base, *sum);
+        lost |= u32::from(is_finite(base.to_bits())) & u32::from(!is_finite(merged.to_bits()));
+        *bytes = merged.to_le_bytes();
+    }
+    lost == 0
+}
+
+#[inline(always)]
+fn sum_or_base(base: f32, sum: f32) -> f32 {
+    let merged = base + sum;
+    if is_finite(base.to_bits()) { merged } else { base }
+}

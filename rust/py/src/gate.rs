@@ -1,0 +1,30 @@
+//! The one way in for work that takes longer than a moment: without the GIL, with errors and panics translated.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use fastft_checkpoint::Error;
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+
+/// Runs `work` without the GIL. A panic, which is a bug of ours, becomes a `RuntimeError` that says so.
+pub fn without_gil<T: Send>(py: Python, work: impl FnOnce() -> T + Send) -> PyResult<T> {
+    py.detach(|| catch_unwind(AssertUnwindSafe(work))).map_err(|payload| bug(payload.as_ref()))
+}
+
+fn bug(payload: &(dyn Any + Send)) -> PyErr {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no text");
+    PyRuntimeError::new_err(format!("this is a bug in fastft, please report it: {text}"))
+}
+
+/// The class of `fastft.errors` for a failure, with its text.
+pub fn to_python(py: Python, error: &Error) -> PyErr {
+    let class = match error {
+        Error::Checkpoint(_) => "CheckpointError",
+        Error::File(_) => "FileError",
+        Error::Plan(_) => "PlanError",
+    };
+    let raised = py.import("fastft.errors").and_then(|errors| errors.getattr(class)?.call1((error.to_string(),)));
+    raised.map_or_else(|failure| failure, PyErr::from_value)
+}

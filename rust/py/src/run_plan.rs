@@ -1,0 +1,74 @@
+//! A whole conversion in one call.
+
+use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
+
+use fastft_convert::{Error, Job, Limits, Outcome, Plan, Progress, run};
+use fastft_kernels::Cpu;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::gate::{to_python, without_gil};
+
+/// The number of cores that this process may use.
+pub fn num_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
+}
+
+/// Runs the plan and returns what it did: `bytes_read`, `bytes_written`, `tensors`.
+#[pyfunction]
+#[pyo3(signature = (plan_json, *, threads=None, memory_budget_bytes=134_217_728, progress=None))]
+pub fn run_plan<'py>(
+    py: Python<'py>,
+    plan_json: &str,
+    threads: Option<usize>,
+    memory_budget_bytes: usize,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let cpu = Cpu::chosen().map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let num_threads = threads.unwrap_or_else(num_cores);
+    if num_threads == 0 || memory_budget_bytes == 0 {
+        return Err(PyValueError::new_err("run_plan: threads and memory_budget_bytes must be at least 1"));
+    }
+    let limits = Limits { num_threads, memory_budget_bytes };
+    let mut raised = None;
+    let outcome = without_gil(py, || {
+        let job = Job::new(Plan::from_json(plan_json)?)?;
+        run(&job, cpu, limits, &mut |now| watch(now, progress.as_ref(), &mut raised))
+    })?;
+    if let Some(error) = raised {
+        return Err(error);
+    }
+    match outcome.map_err(|error| to_python(py, &error))? {
+        Outcome::Done { bytes_read, bytes_written, num_tensors } => {
+            let report = PyDict::new(py);
+            report.set_item("bytes_read", bytes_read)?;
+            report.set_item("bytes_written", bytes_written)?;
+            report.set_item("tensors", num_tensors)?;
+            Ok(report)
+        }
+        Outcome::Stopped => Err(to_python(py, &Error::Plan("run_plan: stopped without a reason".to_owned()))),
+    }
+}
+
+/// Lets Python handle its signals (Ctrl-C) and tells it how far the run is; what it raises stops the run.
+fn watch(now: Progress, progress: Option<&Py<PyAny>>, raised: &mut Option<PyErr>) -> ControlFlow<()> {
+    if raised.is_some() {
+        return ControlFlow::Break(());
+    }
+    let told = Python::attach(|py| {
+        py.check_signals()?;
+        match progress {
+            Some(callback) => callback.call1(py, (now.done_bytes, now.total_bytes)).map(drop),
+            None => Ok(()),
+        }
+    });
+    match told {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(error) => {
+            *raised = Some(error);
+            ControlFlow::Break(())
+        }
+    }
+}
