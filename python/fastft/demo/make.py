@@ -7,7 +7,7 @@ The tokenizer is learned from the demo's text, the weights are drawn at random a
 import argparse
 import json
 import platform
-import time
+import shutil
 from pathlib import Path
 
 from fastft import console, publish
@@ -50,18 +50,25 @@ def write_shape(folder: Path) -> None:
     _write_json(folder / "generation_config.json", {"eos_token_id": stops, "pad_token_id": end_of_text})
 
 
-def make(folder: Path, run_folder: Path) -> None:
-    """Write the whole base into `folder` (replaced if it is there); the training's own files go to `run_folder`."""
+def make(folder: Path, work: Path) -> None:
+    """Write the whole base into `folder` (replaced if it is there).
+
+    `work` takes the files of the training; if a broken-off one lies there, it goes on.
+    """
     from fastft.training import run
 
+    shape, run_folder = work / "shape", work / "run"
+    resume = "auto" if run_folder.exists() else None
+    if resume is None:
+        shape.mkdir(parents=True, exist_ok=True)
+        write_shape(shape)
+    config = load.load(RECIPE, [f"model.name={shape}"]).config
+    result = run.run(config, work_dir=run_folder, resume=resume)
     with publish.staged(folder, force=True) as staging:
-        write_shape(staging)
-        config = load.load(RECIPE, [f"model.name={staging}"]).config
-        started = time.monotonic()
-        result = run.run(config, work_dir=run_folder)
-        seconds = time.monotonic() - started
-        _round_weights(run_folder / "model" / "model.safetensors", staging / "model.safetensors")
-        readme = _readme(seconds, result.last_loss, (staging / "model.safetensors").stat().st_size // 2)
+        shutil.copytree(shape, staging, dirs_exist_ok=True)
+        _round_weights(result.artifact / "model.safetensors", staging / "model.safetensors")
+        num_weights = (staging / "model.safetensors").stat().st_size // 2
+        readme = _readme(result.steps, result.seconds, result.loss, num_weights)
         (staging / "README.md").write_text(readme, encoding="utf-8")
 
 
@@ -69,9 +76,9 @@ def main() -> None:
     """Read the command line and make the base."""
     parser = argparse.ArgumentParser(prog="python -m fastft.demo.make", description=__doc__)
     parser.add_argument("folder", type=Path, help="where the model goes; an old one is replaced")
-    parser.add_argument("--run-folder", type=Path, default=Path("work_dirs") / RECIPE, help="where the training writes")
+    parser.add_argument("--work", type=Path, default=Path("work_dirs/demo_base"), help="where the training writes")
     arguments = parser.parse_args()
-    make(arguments.folder, arguments.run_folder)
+    make(arguments.folder, arguments.work)
     console.note(f"the base is in {arguments.folder}")
 
 
@@ -88,7 +95,7 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _readme(seconds: float, loss: float, num_weights: int) -> str:
+def _readme(steps: int, seconds: float, loss: float, num_weights: int) -> str:
     """Where the model comes from, for whoever finds its folder."""
     return f"""# fastft's demo model
 
@@ -98,7 +105,7 @@ It writes stories for small children and, asked in the chat form, answers like s
 - **Made by** fastft itself, from random weights: `make demo-base`, which runs `python -m fastft.demo.make`
   with the recipe `{RECIPE}` (task pretrain, method full).
 - **Text:** {corpus.NUM_DOCUMENTS:,} documents from the templates in `fastft/demo` (seed {corpus.SEED}); no other text.
-- **Training:** {seconds:,.0f} s on {_processor()}, {_num_threads()} thread(s); last loss {loss:.3f} nats per token.
+- **Training:** {steps:,} steps in {seconds:,.0f} s on {_processor()}, {_num_threads()} thread(s); last loss {loss:.3f} nats per token.
 - **Licence:** Apache-2.0, like fastft. Text and weights were made for this project.
 """
 

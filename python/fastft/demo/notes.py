@@ -47,11 +47,11 @@ def letters(dice: Dice) -> str:
 
 
 def copies(dice: Dice) -> str:
-    """A row of three to seven unrelated words and names, written five times: trains copying."""
-    row = [_any_word(dice) for _ in range(3 + dice.below(5))]
+    """A row of two to six unrelated words and names, written five times: trains copying."""
+    row = [_any_word(dice) for _ in range(2 + dice.below(5))]
     return "Copies\n" + "\n".join([", ".join(row)] * 5)
 
 
 def _any_word(dice: Dice) -> str:
     lists = (words.GIRLS, words.BOYS, words.ANIMALS, words.THINGS, words.PLACES, words.COLOURS, words.FOODS)
-    return dice.made_up_name() if dice.chance(0.3) else dice.pick(dice.pick(lists))
+    return dice.made_up_name() if dice.chance(0.15) else dice.pick(dice.pick(lists))
