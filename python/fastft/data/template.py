@@ -387,6 +387,6 @@ def _token_from(encoding: Any, text: str, place: int) -> int:
         token = encoding.char_to_token(character)
         if token is not None:  # None: the tokenizer drops this character
             start, _ = encoding.token_to_chars(token)
-            return int(token) + (start < place)
+            return int(token) + int(start < place)
     num_tokens: int = len(encoding)
     return num_tokens
