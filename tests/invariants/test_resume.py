@@ -48,7 +48,7 @@ KILLED = """
     def killed(self, *args):
         global calls
         calls += 1
-        if calls == 12:  # the second half of step 6, an epoch and a half in
+        if calls == 12:  # an epoch is five batches in three steps: the second half of step 7
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, *args)
 
@@ -70,7 +70,7 @@ def unbroken(folder: Path) -> run.RunResult:
 
 @pytest.fixture(scope="module")
 def killed(folder: Path) -> Path:
-    """A run folder whose process was ended by SIGKILL within step 6."""
+    """A run folder whose process was ended by SIGKILL within step 7."""
     tests, python = Path(__file__).parents[1], Path(run.__file__).parents[2]
     (folder / "config.json").write_text(_config(folder).model_dump_json())
     words = [sys.executable, "-c", dedent(KILLED), tests, python, folder / "config.json", folder / "killed"]
@@ -87,7 +87,7 @@ def _same(expected: Path, other: Path) -> None:
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_same(folder: Path, unbroken: run.RunResult, killed: Path) -> None:
-    assert [found.step for found in checkpoint.find(killed)] == [4, 2]
+    assert [found.step for found in checkpoint.find(killed)] == [6, 4]
     done = run.run(_config(folder), work_dir=killed, resume="auto")
     _same(unbroken.artifact / "adapter_model.safetensors", done.artifact / "adapter_model.safetensors")
     for number in (8, 9):

@@ -193,6 +193,8 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
             total = shared.cpu().double()
         metrics = {"eval_loss": (total[0] / total[1].clamp(min=1)).item()}
         self.log(dict(metrics))
+        # Tells the loop that it is done; at the end of an epoch it would be asked for again.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the Trainer's names
