@@ -1,7 +1,13 @@
 """Config files, recipes and overrides to a Config; and what is said about each mistake."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from fastft.config import schema
 from fastft.config.load import load
 from fastft.errors import ConfigError, FileError
 
@@ -238,6 +244,24 @@ def test_a_choice_between_word_and_list_is_one_complaint(write):
 def test_blocks_that_would_have_no_effect_are_refused(write):
     (line,) = complaints(write(WHOLE.replace("kind: lora", "kind: full\n  lora: {r: 8}")))
     assert line.startswith("my.yaml:3: method: `lora` has no effect with kind: full")
+
+
+def test_a_recipe_changes_its_method_when_its_block_goes_too():
+    (line,) = complaints("internlm2_7b_qlora_sql", "method.kind=lora")
+    assert line.endswith("set method.quantization=null, or kind: qlora")
+    config = load("internlm2_7b_qlora_sql", ["method.kind=lora", "method.quantization=null"]).config
+    assert (config.method.kind, config.method.quantization) == ("lora", None)
+
+
+def test_loading_and_showing_import_no_torch():
+    code = (
+        "import sys; from fastft.config import load, show; from fastft.hub import locate\n"
+        "loaded = load.load('demo'); show.flat_yaml(loaded.config); show.json_schema(); locate.hub('huggingface')\n"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub', 'datasets'} & {m.split('.')[0] for m in sys.modules}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(schema.__file__).parent.parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_missing_key_names_where_and_what(write):

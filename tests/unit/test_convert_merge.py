@@ -103,7 +103,7 @@ def test_overflow_and_numbers_that_are_none(tmp_path: Path) -> None:
     weights["model.norm.weight"][3] = 1e6
     base = tiny_llama.write_base(tmp_path / "base", weights)
     adapter = tiny_llama.write_adapter(tmp_path / "adapter")
-    with pytest.raises(FastftError, match="model.norm.weight"):
+    with pytest.raises(FastftError, match=r"model\.norm\.weight"):
         run(base, adapter, tmp_path / "merged", dtype="fp16")
     tensors = tiny_llama.adapter_tensors()
     tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][1, 1] = np.nan
@@ -164,9 +164,9 @@ def test_an_adapter_that_does_not_fit_leaves_the_target_alone(
     base = tiny_llama.write_base(tmp_path / "base")
     run(base, tiny_llama.write_adapter(tmp_path / "good"), tmp_path / "merged")
     before = {file.name: file.read_bytes() for file in (tmp_path / "merged").iterdir()}
+    bad = tiny_llama.write_adapter(tmp_path / "bad", broken(change))
     with pytest.raises((PlanError, CheckpointError)) as refusal:
-        plan = merge.plan(base, [(tiny_llama.write_adapter(tmp_path / "bad", broken(change)), 1.0)])
-        merge.execute(plan, tmp_path / "merged", force=True)
+        merge.execute(merge.plan(base, [(bad, 1.0)]), tmp_path / "merged", force=True)
     for word in words:
         assert word in str(refusal.value)
     assert {file.name: file.read_bytes() for file in (tmp_path / "merged").iterdir()} == before
@@ -201,7 +201,7 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = merge.plan(tiny_llama.write_base(tmp_path / "base"), [(tiny_llama.write_adapter(tmp_path / "adapter"), 1.0)])
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(FileError, match="1.0 KB are free"):
+    with pytest.raises(FileError, match="free"):
         merge.execute(plan, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -319,7 +319,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from fastft.convert import merge;"
         "merge.execute(merge.plan(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)]), Path(sys.argv[3]));"
-        "sys.exit(' '.join({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+        "sys.exit(bool({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     words = [sys.executable, "-c", program, str(base), str(adapter), str(tmp_path / "merged")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -11,6 +11,14 @@ from fastft.convert import merge, verify
 
 torch = pytest.importorskip("torch")
 
+# peft 0.21 asks transformers 5.23 for a name that it will drop in version 6.
+# It also says that it saves embeddings which are trained, and that a merge of tied ones is wrong (ours is not).
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
+    "ignore:Setting .save_embedding_layers.:UserWarning",
+    "ignore:.*(tie|tied).*:UserWarning",
+)
+
 
 def build(folder: Path, dtype: Any, adapter_dtype: Any, *, tied: bool = False, **lora: Any) -> tuple[Path, Path, Any]:
     """Save a random Llama and a random adapter; returns both folders and PEFT's merged model."""
@@ -121,7 +129,6 @@ TIED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*tie:UserWarning", "ignore:.*tied:UserWarning")
 @pytest.mark.parametrize("case", TIED)
 def test_tied_embeddings_by_logits(tmp_path: Path, case: str) -> None:
     """The merged folder, loaded by transformers, answers as base + adapter does (PEFT's own merge does not)."""
@@ -156,7 +163,9 @@ def test_golden_answers_of_stories260k(shared_data: Path, tmp_path: Path, case: 
     truth = json.loads((golden / "expected.json").read_text())
     changed = {name for name, numbers in truth["tensors"].items() if numbers["changed"]}
     assert changed == set(plan.changed)
-    for name, numbers in truth["tensors"].items():
+    tensors = {name: numbers for name, numbers in truth["tensors"].items() if name != "lm_head.weight"}  # tied
+    assert set(tensors) == set(mine)
+    for name, numbers in tensors.items():
         assert np.linalg.norm(mine[name].astype(np.float64)) == pytest.approx(numbers["norm"], rel=1e-6)
         assert mine[name].astype(np.float64).sum() == pytest.approx(numbers["sum"], abs=1e-3)
     logits = load_file(golden / "expected_logits.safetensors")

@@ -61,6 +61,7 @@ def test_every_part_loads_as_the_command_loads_it():
         "internlm2_chat_7b_qlora_alpaca_e3",
         "internlm2_chat_7b_qlora_code_alpaca_e3",
         "internlm2_chat_20b_qlora_oasst1_512_e3",
+        "internlm2_chat_7b_full_finetune_custom_dataset_e1",
         "internlm2_5_chat_7b_qlora_oasst1_e3",
         "internlm2_5_chat_7b_qlora_alpaca_e3",
         "llama2_7b_chat_qlora_sql_e3",

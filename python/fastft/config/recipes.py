@@ -21,7 +21,11 @@ MAX_NAME = 200  # characters
 METHODS = ("full", "lora", "qlora")
 
 # XTuner's word for a data set, where ours differs.
-XTUNER_DATA = {"openorca": "open_orca"}
+XTUNER_DATA = {
+    "openorca": "open_orca",
+    "finetune_custom_dataset": "custom_sft",
+    "finetune_custom_sft": "custom_sft",
+}
 
 _SECTION = re.compile(r"^(base|chat|scratch|all):", re.MULTILINE)
 _MODEL = re.compile(r"^  ([a-z0-9_]+):", re.MULTILINE)

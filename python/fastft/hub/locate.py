@@ -21,6 +21,7 @@ Hub = Literal["huggingface", "modelscope"]
 PACKAGE = Path(__file__).parent.parent
 DEMO_MODEL = PACKAGE / "demo" / "base"
 DEMO_DATA = PACKAGE / "demo" / "data"
+DEMO_TEXT = "demo/text"  # made on first use: 17 MB that its generator writes in two seconds
 UNSET = "SET_ME"  # stands in the recipes custom_sft and custom_pretrain where the user's own data belongs
 DATA_KINDS = frozenset({".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz"})
 
@@ -125,12 +126,16 @@ def _local_dataset(source: str) -> Path | None:
     path = Path(source).expanduser()
     if path.exists():
         return path
+    if source == DEMO_TEXT:
+        from fastft.demo import corpus
+
+        return corpus.cached_text()
     if source.startswith("demo/"):
         found = DEMO_DATA / f"{source.removeprefix('demo/')}.jsonl"
         known = sorted(file.stem for file in DEMO_DATA.glob("*.jsonl"))
         if found.stem not in known or found.parent != DEMO_DATA:
-            names = ", ".join(f"demo/{stem}" for stem in known)
-            raise HubError(f"data set {source}: no such demo data; there are {names or 'none'}.")
+            names = ", ".join([*(f"demo/{stem}" for stem in known), DEMO_TEXT])
+            raise HubError(f"data set {source}: no such demo data; there are {names}.")
         return found
     if _reads_like_path(source):
         raise FileError(f"data set {masked(source)}: no such file or folder.{_similar(path)}")
