@@ -51,9 +51,9 @@ def attach(model: Any, lora: schema.Lora, base_name: str) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     config = lora_config(lora, base_name)
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     # peft writes the folder the model was loaded from; a base that was laid out anew must be known by its own name.
-    config.base_model_name_or_path = base_name
+    model.name_or_path = base_name
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     _train_in_fp32(adapted)
     return adapted
 
