@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Float32 = NDArray[np.float32]
+    Bits = NDArray[np.uint16] | NDArray[np.uint32]
 
 
 def as_float32(content: bytes, source: Source) -> "Float32":
@@ -26,7 +27,7 @@ def as_float32(content: bytes, source: Source) -> "Float32":
     return numbers.reshape(-1, *source.shape[1:]) if source.shape else numbers.reshape(())
 
 
-def rounded(numbers: "Float32", dtype: str) -> "NDArray[np.uint16] | NDArray[np.uint32]":
+def rounded(numbers: "Float32", dtype: str) -> "Bits":
     """Round f32 to nearest even and give the bits (u16 for F16 and BF16, u32 for F32)."""
     import numpy as np
 
@@ -39,14 +40,14 @@ def rounded(numbers: "Float32", dtype: str) -> "NDArray[np.uint16] | NDArray[np.
     return ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(np.uint16)
 
 
-def bits_of(content: bytes, dtype: str) -> "NDArray[np.uint16] | NDArray[np.uint32]":
+def bits_of(content: bytes, dtype: str) -> "Bits":
     """Give the stored bits of a float tensor, flat."""
     import numpy as np
 
     return np.frombuffer(content, "<u4") if dtype == "F32" else np.frombuffer(content, "<u2")
 
 
-def values_of(bits: "NDArray[np.uint16] | NDArray[np.uint32]", dtype: str) -> "Float32":
+def values_of(bits: "Bits", dtype: str) -> "Float32":
     """Widen stored bits to f32, in their shape."""
     import numpy as np
 
@@ -55,14 +56,15 @@ def values_of(bits: "NDArray[np.uint16] | NDArray[np.uint32]", dtype: str) -> "F
     return bits.view(np.float32 if dtype == "F32" else np.float16).astype(np.float32)
 
 
-def ulp_distance(one: "NDArray[np.unsignedinteger]", other: "NDArray[np.unsignedinteger]") -> "NDArray[np.int64]":  # type: ignore[type-arg]
+def ulp_distance(one: "Bits", other: "Bits") -> "NDArray[np.int64]":
     """Count the representable numbers between two of the same dtype, given by their bits; -0 and +0 are one."""
     import numpy as np
 
     sign = np.int64(1) << np.int64(one.dtype.itemsize * 8 - 1)
 
-    def place(bits: "NDArray[np.unsignedinteger]") -> "NDArray[np.int64]":  # type: ignore[type-arg]
+    def place(bits: "Bits") -> "NDArray[np.int64]":
         wide = bits.astype(np.int64)
         return np.where(wide & sign, sign - wide, wide)
 
-    return np.abs(place(one) - place(other))
+    distance: NDArray[np.int64] = np.abs(place(one) - place(other))
+    return distance
