@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastft import demo
-from fastft.demo import corpus, dialogues, generate, stories, village, words
+from fastft.demo import corpus, dialogues, generate, stories, village
 from fastft.demo.words import Dice
 
 FOLDER = Path(demo.__file__).parent

@@ -58,20 +58,19 @@ def merge(
             raise PlanError("convert merge: --is-clip is not there yet; only language models can be merged so far")
         plan = merging.plan(
             locate.model(Model(name=llm)),
-            [(Path(adapter_path), 1.0), *[_with_weight(text) for text in adapter]],
+            [(Path(adapter_path), 1.0), *[with_weight(text) for text in adapter]],
             dtype=dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
         )
         if dry_run:
             console.result(plan.as_json() if json else plan.as_table())
             return
-        report = merging.execute(plan, Path(save_path), force=force)
-        console.result(report.line())
+        console.result(merging.execute(plan, Path(save_path), force=force).line())
 
     return Job(run)
 
 
-def _with_weight(text: str) -> tuple[Path, float]:
+def with_weight(text: str) -> tuple[Path, float]:
     """`DIR:WEIGHT` or `DIR`."""
     folder, separator, weight = text.rpartition(":")
     if not separator or Path(text).is_dir():

@@ -40,6 +40,8 @@ def pth_to_hf(
         raise UsageError("convert pth_to_hf: --safe-serialization=false: fastft writes safetensors only")
 
     def run() -> None:
+        if save_format == "huggingface":
+            console.note("--save-format huggingface: a text model comes out the same in both formats")
         from fastft.config import load
         from fastft.convert import pth as conversion
         from fastft.convert import size
@@ -49,9 +51,7 @@ def pth_to_hf(
             Path(pth),
             dtype="fp32" if fp32 else dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
-            save_format=save_format,
         )
-        report = conversion.execute(plan, Path(save_path), force=force)
-        console.result(report.line())
+        console.result(conversion.execute(plan, Path(save_path), force=force).line())
 
     return Job(run)

@@ -2,7 +2,9 @@
 
 from typing import Literal
 
+from fastft import console
 from fastft.cli.job import Job
+from fastft.errors import UsageError
 
 
 def log_dataset(
@@ -21,15 +23,30 @@ def log_dataset(
         index: the first sample to show, from 0
         num: how many samples
     """
+    if index < 0 or num < 1:
+        raise UsageError("log-dataset: --index counts from 0 and --num from 1")
 
     def run() -> None:
         from fastft.config import load
-        from fastft.data import preview
+        from fastft.data import prepare, preview
         from fastft.hub import locate
-        from fastft.model import tokenizer
+        from fastft.model import load as model_load
+        from fastft.model import quiet, tokenizer
 
         settings = load.load(config, overrides).config
-        words = tokenizer.load_tokenizer(locate.model(settings.model), settings.model)
-        preview.show(settings, words, what=show, index=index, num=num)
+        locate.check(settings)
+        quiet.prepare_environment()
+        words = tokenizer.load_tokenizer(model_load.locate(settings.model).weights_folder, settings.model)
+        if settings.task == "sft":
+            tokenizer.require_chat_template(words, settings.model)
+        prepared = prepare.prepare(settings.data, settings.task, words, settings.train.seed)
+        for line in prepared.report.lines():
+            console.note(line)
+        samples = prepared.train
+        if index >= len(samples):
+            raise UsageError(f"log-dataset: --index {index}: there are {len(samples)} samples, 0 to {len(samples) - 1}")
+        colour = console.stdout().is_terminal
+        for place in range(index, min(index + num, len(samples))):
+            console.stdout().print(preview.view(samples, place, words, show, colour=colour))
 
     return Job(run)

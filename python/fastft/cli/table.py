@@ -44,6 +44,7 @@ COMMANDS = (
     Command(("train",), "train:train"),
     Command(("convert", "pth_to_hf"), "convert_pth:pth_to_hf"),
     Command(("convert", "merge"), "convert_merge:merge"),
+    Command(("convert", "verify"), "convert_verify:verify"),
     Command(("chat",), "chat:chat"),
     Command(("doctor",), "doctor:doctor"),
     Command(("help",), "help:help_", {}),

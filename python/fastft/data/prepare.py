@@ -99,16 +99,17 @@ def items(source: Source, task: Task, report: SourceReport, *, skip: bool) -> It
     for name, rows, size in _located(source):
         with console.progress(f"reading {name}", size, "B") as advance:
             stream = islice(rows, left)
-            first = list(islice(stream, ROWS_TO_RECOGNISE))
-            if not first:
+            head = list(islice(stream, ROWS_TO_RECOGNISE))
+            if not head:
+                report.empty.append(name)
                 continue
             chosen: Format = source.format
             if chosen == "auto":
-                chosen = formats.recognise([row.value for row in first], task, name)
+                chosen = formats.recognise([row.value for row in head], task, name)
             read = formats.reader(chosen, source.columns, system, task)
             file = FileReport(name, chosen, chosen=source.format == "auto")
             report.files.append(file)
-            for row in chain(first, stream):
+            for row in chain(head, stream):
                 file.rows += 1
                 try:
                     item = read(row.value, row.where)

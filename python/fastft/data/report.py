@@ -30,6 +30,7 @@ class SourceReport:
 
     source: str
     files: list[FileReport] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)  # files without a row
     skipped: Counter[str] = field(default_factory=Counter)  # rows left out by on_bad_row: skip, by reason
     examples: dict[str, Where] = field(default_factory=dict)  # the first such row of each reason
 
@@ -104,6 +105,8 @@ def _part_lines(title: str, part: PartReport, report: DataReport) -> list[str]:
         files = f" in {len(source.files)} files" if len(source.files) > 1 else ""
         lines += _wrapped(f"  {source.source}")
         lines += _wrapped(f"    rows: {source.rows:,}{files}, format {', '.join(formats)}")
+        for file in source.empty:
+            lines += _wrapped(f"    empty: {file}")
         for reason, count in source.skipped.most_common():
             lines += _wrapped(f"    rows left out: {count:,}, {reason} (first: {source.examples[reason]})")
     share = part.learned_tokens / max(part.tokens, 1)

@@ -36,14 +36,14 @@ def village_talk(dice: Dice) -> str:
 
 # Kinds of documents with their shares in percent.
 SHARES: dict[Callable[[Dice], str], int] = {
-    plain_story: 48,
+    plain_story: 40,
     story_with_heading: 10,
     village_talk: 15,
     notes.sums: 7,
     notes.colours: 5,
     notes.opposites: 4,
-    notes.letters: 4,
-    notes.copies: 7,
+    notes.letters: 3,
+    notes.copies: 16,
 }
 
 

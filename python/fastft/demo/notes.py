@@ -37,24 +37,21 @@ def opposites(dice: Dice) -> str:
 
 
 def letters(dice: Dice) -> str:
-    """Made-up words, mostly of small letters, some of any signs, each written twice."""
+    """Made-up words, mostly of small letters, some of any signs, each written four times."""
     lines = []
-    for _ in range(4 + dice.below(4)):
+    for _ in range(2 + dice.below(3)):
         signs = PRINTABLE if dice.chance(0.3) else LOWER
         word = "".join(dice.pick(signs) for _ in range(3 + dice.below(6)))
-        lines.append(f"{word} {word}")
+        lines.append(" ".join([word] * 4))
     return "Letters\n" + "\n".join(lines)
 
 
 def copies(dice: Dice) -> str:
-    """Rows of three to seven unrelated words and names, each row written twice: trains copying."""
-    lines = []
-    for _ in range(2 + dice.below(3)):
-        row = [_any_word(dice) for _ in range(3 + dice.below(5))]
-        lines += [", ".join(row)] * 2
-    return "Copies\n" + "\n".join(lines)
+    """A row of two to six unrelated words and names, written five times: trains copying."""
+    row = [_any_word(dice) for _ in range(2 + dice.below(5))]
+    return "Copies\n" + "\n".join([", ".join(row)] * 5)
 
 
 def _any_word(dice: Dice) -> str:
     lists = (words.GIRLS, words.BOYS, words.ANIMALS, words.THINGS, words.PLACES, words.COLOURS, words.FOODS)
-    return dice.made_up_name() if dice.chance(0.3) else dice.pick(dice.pick(lists))
+    return dice.made_up_name() if dice.chance(0.15) else dice.pick(dice.pick(lists))

@@ -95,9 +95,9 @@ class Hero:
 
 
 def hero(dice: Dice, name: str | None = None, kind: str | None = None) -> Hero:
-    """The hero with this name and kind; what is not given is chosen (half of the chosen names are made up)."""
+    """The hero with this name and kind; what is not given is chosen (every third of the chosen names is made up)."""
     if name is None:
-        name = dice.made_up_name() if dice.chance(0.5) else dice.pick((*words.GIRLS, *words.BOYS))
+        name = dice.made_up_name() if dice.chance(0.33) else dice.pick((*words.GIRLS, *words.BOYS))
     if kind is None:
         kind = dice.pick(words.ANIMALS) if name not in (*words.GIRLS, *words.BOYS) or dice.chance(0.3) else None
     if kind is None:

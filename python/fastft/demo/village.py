@@ -79,7 +79,7 @@ def chat_marks(messages: list[dict[str, str]]) -> str:
 
 
 def _slots(dice: Dice) -> dict[str, str]:
-    villager = dice.made_up_name() if dice.chance(0.5) else dice.pick((*words.GIRLS, *words.BOYS))
+    villager = dice.made_up_name() if dice.chance(0.3) else dice.pick((*words.GIRLS, *words.BOYS))
     visitor = dice.made_up_name() if dice.chance(0.3) else dice.pick((*words.GIRLS, *words.BOYS))
     place, other_place = dice.sample(words.PLACES, 2)
     thing, animal = dice.pick(words.THINGS), dice.pick(words.ANIMALS)

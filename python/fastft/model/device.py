@@ -1,0 +1,92 @@
+"""Which device a run uses, and in which dtype its weights are held.
+
+The rules of `model.dtype` and `method.quantization.compute_dtype` in the schema stand here, once.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from fastft import console
+from fastft.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def choose() -> "torch.device":
+    """The device of this process: its own GPU under torchrun, the first GPU alone, else the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def by_name(name: str) -> "torch.dtype":
+    """The torch dtype of a schema name: bf16, fp16 or fp32."""
+    import torch
+
+    dtype = getattr(torch, _NAMES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def has_bf16(device: "torch.device") -> bool:
+    """Whether products in bf16 are at home on `device`; a CPU computes them, if slowly."""
+    import torch
+
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def weights_dtype(wanted: str, checkpoint: "torch.dtype", kind: str, device: "torch.device") -> "torch.dtype":
+    """The dtype in which the base's weights are held.
+
+    Args:
+        wanted: `model.dtype` of the config.
+        checkpoint: dtype of the files.
+        kind: `method.kind`.
+        device: where the training runs.
+
+    Returns:
+        the checkpoint's own for `auto`, with two exceptions that are said aloud: all weights trained on a CPU are fp32,
+        and fp16 becomes bf16 where the device has it (fp16 activations overflow in training, bf16 ones do not).
+
+    Raises:
+        ConfigError: `fp16` with `method: full`, whose small updates fp16 weights lose, or `bf16` on a GPU without it.
+    """
+    import torch
+
+    if wanted != "auto":
+        dtype = by_name(wanted)
+        if kind == "full" and dtype == torch.float16:
+            raise ConfigError("model.dtype: fp16 with method full would lose small updates; use bf16, fp32 or auto")
+        if dtype == torch.bfloat16 and not has_bf16(device):
+            raise ConfigError("model.dtype: this GPU has no bf16; use fp16, fp32 or auto")
+        return dtype
+    if kind == "full" and device.type == "cpu":
+        return torch.float32
+    if checkpoint == torch.float16 and has_bf16(device):
+        console.note("model: the checkpoint is fp16; trained in bf16, which has the range that gradients need")
+        return torch.bfloat16
+    if checkpoint == torch.bfloat16 and not has_bf16(device):
+        console.note("model: the checkpoint is bf16, which this GPU lacks; fp16 is used")
+        return torch.float16 if kind != "full" else torch.float32
+    return checkpoint
+
+
+def compute_dtype(wanted: str, device: "torch.device") -> "torch.dtype":
+    """The dtype of products with 4-bit weights: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    import torch
+
+    if wanted != "auto":
+        return by_name(wanted)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if has_bf16(device) else torch.float16
+
+
+def short_name(dtype: "torch.dtype") -> str:
+    """The name without `torch.`, as config.json writes it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
