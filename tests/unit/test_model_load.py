@@ -34,6 +34,8 @@ def test_dtypes(model: Path) -> None:
     assert _dtypes(_load(model, kind="full")) == {"float32"}
     assert _dtypes(_load(model, kind="full", model__dtype="bf16")) == {"bfloat16"}
     assert _dtypes(_load(model, kind="lora")) == {"bfloat16", "float32"}
+    assert _dtypes(_load(model, kind="qlora")) == {"uint8", "float32"}
+    assert _dtypes(_load(model, kind="qlora", model__dtype="bf16")) == {"uint8", "bfloat16", "float32"}
     with pytest.raises(ConfigError, match="fp16 with method full would lose small updates"):
         _load(model, kind="full", model__dtype="fp16")
 
@@ -67,7 +69,7 @@ def test_the_record_names_what_was_asked(model: Path) -> None:
     assert (config.r, config.lora_alpha, config.use_rslora, config.bias) == (2, 3.5, True, "none")
     assert set(config.target_modules) == {"q_proj"}
     assert config.base_model_name_or_path == str(model.resolve())
-    assert loaded.quantized == quantization.Quantized("nf4", True, 64, "float32", "bfloat16", ("lm_head",))
+    assert loaded.quantized == quantization.Quantized("nf4", True, 64, "float32", "float32", ("lm_head",))
 
 
 def test_modules_to_save_are_trained_in_fp32(model: Path) -> None:

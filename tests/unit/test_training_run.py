@@ -115,7 +115,7 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoints(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(  # noqa: PLR0917 - fixtures
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
     number: signal.Signals,
     code: int,
     model: Path,
