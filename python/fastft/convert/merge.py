@@ -17,11 +17,13 @@ from fastft.convert.model_config import ConfigEdits, edited_text
 from fastft.convert.names import Joined, TokenRows, join
 from fastft.convert.plan import (
     Delta,
+    Dora,
     Merge,
     OutputTensor,
     Part,
     Rows,
     Shard,
+    Shift,
     into_shards,
     natural_order,
     taken_over,
@@ -141,7 +143,7 @@ def plan(
         base,
         read,
         into_shards(sorted(tensors, key=lambda tensor: natural_order(tensor.name)), max_shard_size_bytes),
-        frozenset([*joined.deltas, *joined.replaced, *joined.token_rows]),
+        frozenset([*joined.deltas, *joined.replaced, *joined.token_rows, *joined.shifts]),
         edits,
         side_files(base.folder, [adapter.folder for adapter, _ in read]),
         tuple(notes),
@@ -213,7 +215,12 @@ def _summed(parts: Sequence[tuple[Adapter, Joined]]) -> Joined:
     total = Joined()
     for adapter, part in parts:
         for name, deltas in part.deltas.items():
-            total.deltas.setdefault(name, []).extend(deltas)
+            known = total.deltas.setdefault(name, [])
+            if known and any(delta.magnitude is not None for delta in (*known, *deltas)):
+                raise PlanError(f"{adapter.folder}: {name!r} is changed by two adapters, one of them DoRA; merge one")
+            known.extend(deltas)
+        for name, addends in part.shifts.items():
+            total.shifts.setdefault(name, []).extend(addends)
         for name in [*part.replaced, *part.token_rows]:
             if name in total.replaced or name in total.token_rows:
                 raise PlanError(f"{adapter.folder}: replaces {name!r}, which another adapter replaces too; merge one")
@@ -267,10 +274,14 @@ def _output_tensor(name: str, source: Source, joined: Joined, dtype: str | None)
     source_or_new = joined.replaced.get(name, source)
     deltas = joined.deltas.get(name)
     rows = joined.token_rows.get(name)
-    if (deltas or rows or name in joined.replaced) and source.dtype not in FLOATS:
+    if (deltas or rows or name in joined.replaced or name in joined.shifts) and source.dtype not in FLOATS:
         raise PlanError(f"{name!r} of the base is {source.dtype}; only {', '.join(FLOATS)} can be changed")
     if deltas:
-        return OutputTensor(name, kept_dtype, source_or_new.shape, Merge(source_or_new, tuple(deltas)))
+        dora = any(delta.magnitude is not None for delta in deltas)
+        operation = (Dora if dora else Merge)(source_or_new, tuple(deltas))
+        return OutputTensor(name, kept_dtype, source_or_new.shape, operation)
+    if name in joined.shifts:
+        return OutputTensor(name, kept_dtype, source_or_new.shape, Shift(source_or_new, tuple(joined.shifts[name])))
     if rows is not None:
         return OutputTensor(name, kept_dtype, source.shape, _with_rows(source, rows))
     return taken_over(name, source_or_new, dtype if name not in joined.replaced else kept_dtype)

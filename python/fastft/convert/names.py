@@ -13,7 +13,7 @@ from typing import Any
 from fastft.convert import internlm2
 from fastft.convert.adapter import Adapter, LowRank
 from fastft.convert.folder import Checkpoint
-from fastft.convert.plan import Delta
+from fastft.convert.plan import Addend, Delta
 from fastft.convert.source import Source
 from fastft.convert.tied import Tied, is_embedding
 from fastft.errors import CheckpointError, PlanError
@@ -35,6 +35,7 @@ class Joined:
     """What one adapter does to each tensor of the base, by the base's names."""
 
     deltas: dict[str, list[Delta]] = field(default_factory=dict)
+    shifts: dict[str, list[Addend]] = field(default_factory=dict)
     replaced: dict[str, Source] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
 
@@ -81,6 +82,9 @@ def join(adapter: Adapter, base: Checkpoint, tied: Tied | None, weight: float = 
         if not targets:
             lost.append(f"{path}.weight")
         for goal in targets:
+            if low_rank.bias is not None:
+                name = goal.name.removesuffix(".weight") + ".bias"
+                joined.shifts.setdefault(name, []).append(_addend(adapter, low_rank, goal, shapes.get(name), weight))
             joined.deltas.setdefault(goal.name, []).append(_delta(adapter, low_rank, goal, shapes[goal.name], weight))
     for path, source in adapter.token_rows.items():
         target = _same_tensor(f"{path}.weight", shapes, base.config)
@@ -173,7 +177,26 @@ def _delta(adapter: Adapter, low_rank: LowRank, target: _Target, shape: tuple[in
             f"{adapter.folder}: {low_rank.path}: the update is {_by(given)}, but {target.name!r} of the base is"
             f" {_by(expected)}; the adapter was trained on another model"
         )
-    return Delta(low_rank.a, low_rank.b, low_rank.scale * weight, transposed, target.rows)
+    if low_rank.magnitude is not None and weight != 1.0:
+        raise PlanError(f"{adapter.folder}: a weight of {weight:g} has no meaning for DoRA; use weight 1")
+    return Delta(low_rank.a, low_rank.b, low_rank.scale * weight, transposed, target.rows, low_rank.magnitude)
+
+
+def _addend(
+    adapter: Adapter, low_rank: LowRank, target: _Target, shape: tuple[int, ...] | None, weight: float
+) -> Addend:
+    """Make the update of a module's bias from the bias of its lora_B."""
+    assert low_rank.bias is not None
+    if shape is None:
+        raise PlanError(
+            f"{adapter.folder}: {low_rank.path} has a lora_B.bias, but that layer of the base has no bias to add it to"
+        )
+    rows = target.product_rows if target.rows is not None else shape[0]
+    if low_rank.bias.numel != rows:
+        raise CheckpointError(
+            f"{adapter.folder}: {low_rank.path}: its lora_B.bias has {low_rank.bias.numel} numbers, the base {rows}"
+        )
+    return Addend(low_rank.bias, low_rank.scale * weight, target.rows)
 
 
 def _check_replacement(adapter: Adapter, name: str, source: Source, shape: tuple[int, ...], tied: Tied | None) -> None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Literal
 
 from fastft import console
 from fastft.convert.adapter import read_adapter
+from fastft.convert.arithmetic import BLOCK_ELEMENTS, Arithmetic, row_bytes
 from fastft.convert.folder import existing_folder, read_checkpoint, read_weights
 from fastft.convert.merge import planned_tensors
-from fastft.convert.numbers import as_float32, bits_of, rounded, ulp_distance, values_of
-from fastft.convert.plan import Cast, Copy, Delta, Merge, OutputTensor, Part, Rows
+from fastft.convert.numbers import bits_of, rounded, ulp_distance, values_of
+from fastft.convert.plan import Cast, Copy, OutputTensor
 from fastft.convert.source import FLOATS, Source, read_bytes
 from fastft.errors import CheckpointError
 
@@ -39,8 +40,6 @@ _MEANING: dict[Status, str] = {
     "shape": "another shape",
     "dtype": "not a floating dtype that can be compared",
 }
-# Elements that are held in memory at once: 4 arrays of 4 bytes each make 64 MiB.
-_BLOCK_ELEMENTS = 4 * 1024 * 1024
 # Up to this size `merge` looks at every row of its result.
 _CHECK_ALL_BYTES = 64 * 1024 * 1024
 _SAMPLED_ROWS = 8
@@ -165,24 +164,21 @@ def _check_tensor(tensor: OutputTensor, written: Source | None, num_rows: int | 
 def _check_floats(tensor: OutputTensor, written: Source, num_rows: int | None, *, targeted: bool) -> TensorCheck:
     import numpy as np
 
-    factors: dict[Source, Float32] = {}
+    arithmetic = Arithmetic(tensor.operation)
     num_off = max_ulp = 0
     explained, as_base, base_expected = True, targeted, True
     for start, count in _blocks(written.shape, num_rows):
-        got = bits_of(_rows_of(written, start, count), written.dtype)
-        exact, base = _expected(tensor.operation, start, count, factors)
+        got = bits_of(row_bytes(written, start, count), written.dtype)
+        exact = arithmetic.rows(start, count)
         expected = rounded(exact, written.dtype).reshape(-1)
         differing = (expected != got) & ~(np.isnan(exact.reshape(-1)) & _is_nan(got, written.dtype))
         if differing.any():
             num_off += int(differing.sum())
             max_ulp = max(max_ulp, int(ulp_distance(expected[differing], got[differing]).max()))
-            merge = tensor.operation
-            explained = (
-                explained
-                and isinstance(merge, Merge)
-                and _within(merge, start, exact, got, dtype=written.dtype, factors=factors)
-            )
-        if as_base and base is not None:
+            bound = arithmetic.error_bound(start, count)
+            explained = explained and bound is not None and _within(exact - bound, exact + bound, got, written.dtype)
+        base = arithmetic.base_rows(start, count) if as_base else None
+        if base is not None:
             base_bits = rounded(base, written.dtype).reshape(-1)
             as_base = bool(np.array_equal(base_bits, got))
             base_expected = base_expected and bool(np.array_equal(base_bits, expected))
@@ -195,7 +191,7 @@ def _check_floats(tensor: OutputTensor, written: Source, num_rows: int | None, *
 def _blocks(shape: tuple[int, ...], num_rows: int | None) -> Iterator[tuple[int, int]]:
     """Give (first row, number of rows) of the blocks to compare; a scalar is one row."""
     rows = shape[0] if shape else 1
-    step = max(1, _BLOCK_ELEMENTS // max(1, prod(shape[1:])))
+    step = max(1, BLOCK_ELEMENTS // max(1, prod(shape[1:])))
     if num_rows is None or rows <= 3 * num_rows:
         yield from ((start, min(step, rows - start)) for start in range(0, rows, step))
         return
@@ -203,88 +199,11 @@ def _blocks(shape: tuple[int, ...], num_rows: int | None) -> Iterator[tuple[int,
         yield start, min(step, num_rows)
 
 
-def _rows_of(source: Source, start: int, count: int) -> bytes:
-    row_bytes = source.nbytes // source.shape[0] if source.shape and source.shape[0] else source.nbytes
-    return read_bytes(source, start * row_bytes, count * row_bytes)
-
-
-def _expected(
-    operation: Copy | Cast | Rows | Merge, start: int, count: int, factors: "dict[Source, Float32]"
-) -> "tuple[Float32, Float32 | None]":
-    """Give rows of the result in f32 before the last rounding, and the same rows of the base where they differ."""
-    match operation:
-        case Copy(source) | Cast(source):
-            return as_float32(_rows_of(source, start, count), source), None
-        case Rows(parts):
-            return _gathered(parts, start, count), None
-        case Merge(source, deltas):
-            base = as_float32(_rows_of(source, start, count), source)
-            return base + _sum_of(deltas, start, base.shape, factors), base
-
-
-def _gathered(parts: Sequence[Part], start: int, count: int) -> "Float32":
+def _within(low: "Float32", high: "Float32", got: "Bits", dtype: str) -> bool:
+    """Tell whether what was found lies between two bounds, rounded as it was."""
     import numpy as np
 
-    found: list[Float32] = []
-    first = 0
-    for part in parts:
-        low, high = max(start, first), min(start + count, first + part.count)
-        if low < high:
-            found.append(as_float32(_rows_of(part.source, part.start + low - first, high - low), part.source))
-        first += part.count
-    return np.concatenate(found)
-
-
-def _sum_of(
-    deltas: Sequence[Delta],
-    start: int,
-    shape: tuple[int, ...],
-    factors: "dict[Source, Float32]",
-    *,
-    magnitudes: bool = False,
-) -> "Float32":
-    """Sum the rows of scale * B A; with `magnitudes` of |scale| * |B| |A|, the bound of the rounding error."""
-    import numpy as np
-
-    total = np.zeros(shape, np.float32)
-    count = shape[0]
-    for delta in deltas:
-        a, b = (_whole(side, factors) for side in (delta.a, delta.b))
-        if magnitudes:
-            a, b = np.abs(a), np.abs(b)
-        scale = np.float32(abs(delta.scale) if magnitudes else delta.scale)
-        if delta.transposed:
-            total += (b @ a[:, start : start + count]).T * scale
-            continue
-        for to, of, rows in delta.rows or ((0, 0, b.shape[0]),):
-            low, high = max(start, to), min(start + count, to + rows)
-            if low < high:
-                total[low - start : high - start] += (b[of + low - to : of + high - to] @ a) * scale
-    return total
-
-
-def _whole(source: Source, factors: "dict[Source, Float32]") -> "Float32":
-    if source not in factors:
-        factors[source] = as_float32(read_bytes(source), source)
-    return factors[source]
-
-
-def _within(
-    merge: Merge, start: int, exact: "Float32", got: "Bits", *, dtype: str, factors: "dict[Source, Float32]"
-) -> bool:
-    """Tell whether the sum, taken in another order in f32, can round to what was found.
-
-    The error of a sum of r products and two further operations is at most (r + 3) * 2^-24 times the sum of the
-    magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
-    """
-    import numpy as np
-
-    count = exact.shape[0]
-    rank = sum(delta.rank for delta in merge.deltas)
-    magnitude = np.abs(as_float32(_rows_of(merge.source, start, count), merge.source))
-    magnitude += _sum_of(merge.deltas, start, exact.shape, factors, magnitudes=True)
-    bound = magnitude * np.float32((rank + 3) * 2.0**-24)
-    low, high = (values_of(rounded(edge, dtype).reshape(-1), dtype) for edge in (exact - bound, exact + bound))
+    low, high = (values_of(rounded(edge, dtype).reshape(-1), dtype) for edge in (low, high))
     found = values_of(got, dtype)
     return bool(np.all((low <= found) & (found <= high)))
 
@@ -304,7 +223,7 @@ def _is_nan(bits: "Bits", dtype: str) -> "NDArray[np.bool_]":
 def _same_bytes(tensor: OutputTensor, written: Source) -> bool:
     if not isinstance(tensor.operation, Copy):
         return False
-    step = _BLOCK_ELEMENTS
+    step = BLOCK_ELEMENTS
     source = tensor.operation.source
     return all(
         read_bytes(source, start, min(step, source.nbytes - start))
