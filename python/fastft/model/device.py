@@ -4,13 +4,16 @@ The rules of `model.dtype` and `method.quantization.compute_dtype` in the schema
 """
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastft import console
 from fastft.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+# Widest model (hidden_size) that is computed on one core.
+NARROW = 512
 
 _NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -22,6 +25,23 @@ def choose() -> "torch.device":
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def share_cores(model_config: Any, device: "torch.device") -> None:
+    """Let a small model compute on one core; OMP_NUM_THREADS in the environment wins.
+
+    Threads that wait for each other at every small product cost more than they bring, and ten times as much as soon as
+    another process wants a core.
+
+    Args:
+        model_config: transformers' config; its `hidden_size` decides.
+        device: only a CPU has cores to share.
+    """
+    import torch
+
+    hidden = getattr(model_config.get_text_config(), "hidden_size", None)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and hidden is not None and hidden <= NARROW:
+        torch.set_num_threads(1)
 
 
 def by_name(name: str) -> "torch.dtype":
