@@ -1,3 +1,4 @@
+# ruff: noqa: PYI021  the stub is where editors and `help` readers find the docs of a compiled module
 """The Rust core: headers, plans, shards, renames. Built from `rust/py`.
 
 Errors are the classes of `fastft.errors`; a `RuntimeError` that speaks of a bug is a bug of ours.
@@ -6,6 +7,16 @@ Errors are the classes of `fastft.errors`; a `RuntimeError` that speaks of a bug
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import TypedDict, final, type_check_only
+
+__all__ = [
+    "TensorInfo",
+    "build_info",
+    "read_header",
+    "rename_exchange",
+    "rename_noreplace",
+    "run_plan",
+    "split_into_shards",
+]
 
 @type_check_only
 class _BuildInfo(TypedDict):

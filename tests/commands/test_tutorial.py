@@ -5,6 +5,7 @@ The model has InternLM2's architecture, file names and real tokenizer, with rand
 """
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -59,12 +60,15 @@ def walk(folder: Path, shared: Path) -> Iterator[tuple[str, str, str]]:
     tiny_internlm2.write(folder / "internlm2-chat-tiny", shared / "tokenizers" / "internlm2")
     rows = json.loads((shared / "instruction/alpaca/alpaca_en_demo.json").read_text())
     (folder / "alpaca_en_demo.json").write_text(json.dumps(rows[:200]))
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache")}
     for why, typed in STEPS:
         if typed.startswith("edit "):
             yield why, typed, _edit(folder / typed.removeprefix("edit "))
             continue
         words = [sys.executable, "-m", *shlex.split(typed)]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+        done = subprocess.run(
+            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
         assert done.returncode == 0, f"{typed}\n{done.stdout}\n{done.stderr}"
         yield why, typed, done.stderr + done.stdout
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastft.config.schema import Data
-from fastft.data.prepare import Prepared, first, prepare
+from fastft.data.prepare import Prepared, prepare
 from fastft.errors import DataError, FileError
 
 DEFAULTS: dict[str, Any] = {"max_length": 64, "packing": False}
@@ -245,15 +245,3 @@ def test_texts_are_what_the_tokenizer_gives(shared_data: Path) -> None:
     assert [sample["input_ids"] for sample in result.train] == [
         [*real(row["text"])["input_ids"], real.eos_token_id] for row in rows
     ]
-
-
-def test_the_first_samples_are_read_without_the_rest(tokenizer: Any, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    lines = [json.dumps(row) for row in alpaca(*((str(i), "x") for i in range(2000)))]
-    path.write_text("\n".join([*lines, "broken"]), encoding="utf-8")
-    data = Data.model_validate({"train": [{"source": str(path)}], "max_length": 64})
-    samples = first(data, "sft", tokenizer, 3)
-    assert len(samples) >= 3
-    assert [tokenizer.decode(samples[i]["input_ids"]) for i in range(3)] == [f"<u>{i}<e><a>x<e>" for i in range(3)]
-    with pytest.raises(DataError, match=r"a\.jsonl:2001: broken JSON"):
-        prepare(data, "sft", tokenizer, 0)

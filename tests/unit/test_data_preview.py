@@ -5,12 +5,10 @@ from typing import Any
 
 import pytest
 
-from fastft import console
-from fastft.config.schema import Config, Data
+from fastft.config.schema import Data
 from fastft.data import preview
 from fastft.data.prepare import prepare
 from fastft.data.samples import Samples
-from fastft.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +66,3 @@ def test_each_view(samples: Samples, tokenizer: Any) -> None:
         "input_ids:",
         "labels:",
     ]
-
-
-def test_show_prints_samples_one_by_one(
-    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(console, "_consoles", {})  # rich takes the stdout that pytest has put in place
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f'{{"query": "q{i}", "response": "a{i}"}}\n' for i in range(5)), encoding="utf-8")
-    sections = {"model": {"name": "m"}, "method": {"kind": "full"}, "data": {"train": [{"source": str(path)}]}}
-    config = Config.model_validate(sections)
-    preview.show(config, tokenizer, what="masked_text", index=1, num=2)
-    printed = capsys.readouterr().out
-    assert "[[a1<|im_end|>]]" in printed
-    assert "[[a2<|im_end|>]]" in printed
-    assert "a0" not in printed
-    assert "a3" not in printed
-    assert "\x1b" not in printed
-    with pytest.raises(UsageError, match="no sample 5; the train data has 5"):
-        preview.show(config, tokenizer, what="text", index=5, num=1)
-    with pytest.raises(UsageError, match="index counts from 0, and num is at least 1"):
-        preview.show(config, tokenizer, what="text", index=-1, num=1)

@@ -250,6 +250,23 @@ def test_tool_calls_are_learned(tokenizer: Any, shared_data: Path) -> None:
     ]
 
 
+def test_a_token_across_a_border_belongs_to_where_it_starts(shared_data: Path) -> None:
+    """Qwen joins the template's line end with the answer's, and a full stop with the line ends after it."""
+    from transformers import AutoTokenizer
+
+    qwen = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "qwen2.5")
+    assert [qwen.decode([token]) for token in qwen("a\n\nb.\n\n")["input_ids"]] == ["a", "\n\n", "b", ".\n\n"]
+    qwen.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{{ m.content }}.\n\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    template = ChatTemplate(qwen)
+    text, spans = template.learned_spans(said("a", "\nb"))
+    assert [text[start:end] for start, end in spans] == ["\nb."]
+    ids, mask = template.encode(said("a", "\nb"))
+    assert learned_texts(qwen, ids.tolist(), mask.tolist()) == ["b.\n\n"]
+
+
 def test_stop_tokens(tokenizer: Any, shared_data: Path) -> None:
     template = with_template(tokenizer, shared_data, "own")
     expected = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}

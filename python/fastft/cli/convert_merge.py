@@ -47,7 +47,7 @@ def merge(
     def run() -> None:
         from fastft.config.schema import Model
         from fastft.convert import merge as merging
-        from fastft.convert import plan_table, size
+        from fastft.convert import size
         from fastft.hub import locate
 
         if device == "cuda":
@@ -63,9 +63,9 @@ def merge(
             max_shard_size_bytes=size.parse_size(max_shard_size),
         )
         if dry_run:
-            console.result(plan_table.as_json(plan) if json else plan_table.as_table(plan))
+            console.result(plan.as_json() if json else plan.as_table())
             return
-        console.result(str(merging.execute(plan, Path(save_path), force=force)))
+        console.result(merging.execute(plan, Path(save_path), force=force).line())
 
     return Job(run)
 

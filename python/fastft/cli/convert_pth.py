@@ -52,6 +52,6 @@ def pth_to_hf(
             dtype="fp32" if fp32 else dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
         )
-        console.result(str(conversion.execute(plan, Path(save_path), force=force)))
+        console.result(conversion.execute(plan, Path(save_path), force=force).line())
 
     return Job(run)

@@ -25,7 +25,7 @@ def verify(merged: str, *, base: str | None = None, adapter: tuple[str, ...] = (
         from fastft.hub import locate
 
         report = verifying.verify(Path(merged), locate.model(Model(name=base)), [with_weight(text) for text in adapter])
-        console.result(str(report))
+        console.result(report.text())
         return 0 if report.good else 1
 
     return Job(run)

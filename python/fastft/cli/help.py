@@ -13,7 +13,7 @@ WIDTH = 80
 
 
 def help_(command: str | None = None, subcommand: str | None = None) -> Job:
-    """Print all commands, or one command's arguments and options.
+    """List all commands, or explain one.
 
     Args:
         command: the command to explain, e.g. train

@@ -29,10 +29,12 @@ def log_dataset(
     def run() -> None:
         from fastft.config import load
         from fastft.data import prepare, preview
+        from fastft.hub import locate
         from fastft.model import load as model_load
         from fastft.model import quiet, tokenizer
 
         settings = load.load(config, overrides).config
+        locate.check(settings)
         quiet.prepare_environment()
         words = tokenizer.load_tokenizer(model_load.locate(settings.model).weights_folder, settings.model)
         if settings.task == "sft":

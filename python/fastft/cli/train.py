@@ -36,10 +36,12 @@ def train(
 
     def run() -> int | None:
         from fastft.config import load
+        from fastft.hub import locate
         from fastft.training import launch
 
         given = [*overrides, *([f"train.seed={seed}"] if seed is not None else [])]
         loaded = load.load(config, given)
+        locate.check(loaded.config)
         if launch.wanted(launcher):
             return launch.torchrun(["train", config, *given], work_dir=work_dir, resume=resume, dry_run=dry_run)
         _train(loaded.config, work_dir, resume, dry_run=dry_run)

@@ -4,6 +4,7 @@ Comes from `model.chat_template`; the text goes to the tokenizer and is saved wi
 """
 
 import difflib
+from functools import cache
 from pathlib import Path
 
 from fastft.errors import ConfigError, FileError
@@ -12,9 +13,10 @@ FOLDER = Path(__file__).parent.parent / "configs" / "chat_templates"
 MAX_BYTES = 1_000_000
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """The templates that come with fastft."""
-    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
 
 
 def read(name_or_file: str) -> str:

@@ -140,20 +140,20 @@ def nearest(path: Sequence[str]) -> str | None:
             break
     # Then the same word elsewhere: `lr` means train.lr.
     last = asked[-1]
-    elsewhere = [key for key in keys() if key.rpartition(".")[2] == last]
+    elsewhere = [key for key in dotted_keys() if key.rpartition(".")[2] == last]
     if elsewhere:
         return min(elsewhere, key=lambda key: key.count("."))  # the first of the least deep
     if last in OTHER_WORDS:
         return OTHER_WORDS[last]
-    close = difflib.get_close_matches(".".join(asked), keys(), n=1, cutoff=0.7)
+    close = difflib.get_close_matches(".".join(asked), dotted_keys(), n=1, cutoff=0.7)
     if not close:
-        by_word = {key.rpartition(".")[2]: key for key in reversed(keys())}
+        by_word = {key.rpartition(".")[2]: key for key in reversed(dotted_keys())}
         close = [by_word[word] for word in difflib.get_close_matches(last, by_word, n=1, cutoff=0.75)]
     return close[0] if close else None
 
 
 @cache
-def keys() -> tuple[str, ...]:
+def dotted_keys() -> tuple[str, ...]:
     """Every dotted key of the schema in its order; an item of a list is written as 0."""
     return tuple(_keys(Config, ""))
 

@@ -22,12 +22,15 @@ def lines(error: ValidationError, tree: Tree) -> list[str]:
     found: dict[tuple[str, ...], str] = {}
     for detail in error.errors(include_url=False):
         path, known = _path(detail["loc"])
+        kind = detail["type"]
+        if kind == "missing" and path[-1].isdecimal():
+            kind, path = "too_short", path[:-1]  # a pair with one item: the list is wrong
+            known = fields.find(path)
         if path in found:
             continue  # the alternatives of one value are refused one by one
         deepest, taken = at(tree, path)
         key = ".".join(path) or "the config"
         place = deepest.origin
-        kind = detail["type"]
         if kind == "extra_forbidden":
             found[path] = f"{place}: {key}: no such key; {near_or_list(fields.nearest(path))}"
         elif kind == "missing":

@@ -91,9 +91,11 @@ class Method(Section):
     @model_validator(mode="after")
     def _no_idle_blocks(self) -> Self:
         if self.kind == "full" and self.lora is not None:
-            raise ValueError("`lora` has no effect with kind: full; remove it or set kind: lora")
+            raise ValueError("`lora` has no effect with kind: full; set method.lora=null, or kind: lora")
         if self.kind != "qlora" and self.quantization is not None:
-            raise ValueError(f"`quantization` has no effect with kind: {self.kind}; remove it or set kind: qlora")
+            raise ValueError(
+                f"`quantization` has no effect with kind: {self.kind}; set method.quantization=null, or kind: qlora"
+            )
         return self
 
 
@@ -123,7 +125,7 @@ class Source(Section):
     @model_validator(mode="after")
     def _columns_match(self) -> Self:
         if (self.format == "columns") != (self.columns is not None):
-            raise ValueError("`columns` and `format: columns` belong together")
+            raise ValueError("`columns` and `format: columns` belong together; set both or neither")
         return self
 
 

@@ -33,7 +33,6 @@ from fastft.convert.sidefiles import copy_side_files, side_files
 from fastft.convert.size import readable
 from fastft.convert.source import Source, check_unchanged, fingerprint
 from fastft.convert.stream import write_shards
-from fastft.convert.target import check_space
 from fastft.errors import CheckpointError, PlanError
 
 # Goes up when the layout changes, so that an older cache is not used.
@@ -106,7 +105,7 @@ def internlm2_as_llama(folder: Path) -> Path:
     if target.exists():
         return target
     layout = plan(checkpoint)
-    check_space(target, layout.num_bytes)
+    publish.require_space(target, layout.num_bytes)
     if layout.tensors:
         console.note(
             f"InternLM2 is read in Llama's layout: {readable(layout.num_bytes)} are rewritten once, unchanged,"

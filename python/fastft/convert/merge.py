@@ -30,7 +30,7 @@ from fastft.convert.sidefiles import copy_side_files, side_files
 from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
 from fastft.convert.source import DTYPES, FLOATS, Source, check_unchanged, read_bytes
 from fastft.convert.stream import write_shards
-from fastft.convert.target import check_space, check_target
+from fastft.convert.target import check_target
 from fastft.convert.tied import Tied, find_tied
 from fastft.errors import PlanError, UsageError
 
@@ -163,8 +163,7 @@ def execute(plan: MergePlan, save_path: Path, *, force: bool = False) -> MergeRe
     from fastft.convert.verify import check_sample
 
     started = time.monotonic()
-    check_target(save_path, plan.sources, force=force)
-    check_space(save_path, plan.num_bytes)
+    check_target(save_path, plan.sources, plan.num_bytes, force=force)
     for note in plan.notes:
         console.note(note)
     with publish.staged(save_path, force=force) as stage:

@@ -4,6 +4,7 @@ A module path of the adapter names a tensor of the base directly; or the two dif
 from Llama's, in either direction. Every update must find its tensor and fit its shape, else all that failed is listed.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,6 +17,9 @@ from fastft.convert.plan import Delta
 from fastft.convert.source import Source
 from fastft.convert.tied import Tied, is_embedding
 from fastft.errors import CheckpointError, PlanError
+
+# `model.layers.12.self_attn.q_proj`: what stands before and after the number of the layer.
+_NUMBERED = re.compile(r"(.*?\b(?:layers|h|blocks|block|layer)\.)(\d{1,6})(\..+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def join(adapter: Adapter, base: Checkpoint, tied: Tied | None, weight: float = 
             lost.append(f"{path}.weight")
         else:
             joined.token_rows[target] = _token_rows(adapter, path, source, shapes[target])
+    _check_complete(adapter, shapes, base.config)
     if lost:
         raise PlanError(_lost_text(adapter, base, lost, list(shapes)))
     if weight != 1.0 and (joined.replaced or joined.token_rows):
@@ -92,6 +97,34 @@ def join(adapter: Adapter, base: Checkpoint, tied: Tied | None, weight: float = 
             f" ({next(iter([*joined.replaced, *joined.token_rows]))}); use weight 1"
         )
     return joined
+
+
+def _check_complete(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+    """Refuse an adapter that lacks layers which its training must have had.
+
+    PEFT puts the modules named in `target_modules` into every layer, unless layers are chosen or excluded; a module
+    that some layers of the file have and others, that are in the base, have not was lost on the way.
+    """
+    settings = adapter.config
+    chosen = settings.get("layers_to_transform") is not None or settings.get("exclude_modules")
+    if not isinstance(settings.get("target_modules"), list) or chosen:
+        return
+    text = config.get("text_config")
+    num_layers = config.get("num_hidden_layers") or (text.get("num_hidden_layers") if isinstance(text, dict) else None)
+    if not isinstance(num_layers, int):
+        return
+    patterns = {(match[1], match[3]) for match in map(_NUMBERED.fullmatch, adapter.low_rank) if match is not None}
+    lacking = [
+        path
+        for prefix, suffix in sorted(patterns)
+        for layer in range(num_layers)
+        if (path := f"{prefix}{layer}{suffix}") not in adapter.low_rank and _targets(path, shapes, config)
+    ]
+    if lacking:
+        raise PlanError(
+            f"{adapter.folder}: lacks the update of {len(lacking)} modules that its target_modules name, for example"
+            f" {lacking[0]}; was it saved in pieces, or cut off?"
+        )
 
 
 def _targets(path: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[_Target]:

@@ -1,6 +1,6 @@
 """Numbers of 16 and 32 bit in numpy, which knows no bf16: for the checks that recompute what the stream wrote."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastft.convert.source import Source
 
@@ -55,14 +55,17 @@ def values_of(bits: "NDArray[np.uint16] | NDArray[np.uint32]", dtype: str) -> "F
     return bits.view(np.float32 if dtype == "F32" else np.float16).astype(np.float32)
 
 
-def ulp_distance(one: "NDArray[np.unsignedinteger]", other: "NDArray[np.unsignedinteger]") -> "NDArray[np.int64]":  # type: ignore[type-arg]
+def ulp_distance(
+    one: "NDArray[np.unsignedinteger[Any]]", other: "NDArray[np.unsignedinteger[Any]]"
+) -> "NDArray[np.int64]":
     """Count the representable numbers between two of the same dtype, given by their bits; -0 and +0 are one."""
     import numpy as np
 
     sign = np.int64(1) << np.int64(one.dtype.itemsize * 8 - 1)
 
-    def place(bits: "NDArray[np.unsignedinteger]") -> "NDArray[np.int64]":  # type: ignore[type-arg]
+    def place(bits: "NDArray[np.unsignedinteger[Any]]") -> "NDArray[np.int64]":
         wide = bits.astype(np.int64)
         return np.where(wide & sign, sign - wide, wide)
 
-    return np.abs(place(one) - place(other))
+    distance: NDArray[np.int64] = np.abs(place(one) - place(other))
+    return distance

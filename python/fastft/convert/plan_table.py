@@ -18,7 +18,7 @@ def as_table(plan: "MergePlan") -> str:
     lines = [f"base     {plan.base.folder}"]
     for adapter, weight in plan.adapters:
         lines.append(f"adapter  {adapter.folder}" + (f"  x {weight:g}" if weight != 1.0 else ""))
-    lines += ["", _row("tensor", "shape", "dtype", "what", "file"), "-" * _WIDTH]
+    lines += ["", _row("tensor", "shape", "dtype", "what", "in"), "-" * _WIDTH]
     num_shards = len(plan.shards)
     for number, shard in enumerate(plan.shards, 1):
         lines += [_tensor_row(tensor, number) for tensor in shard.tensors]
@@ -100,7 +100,7 @@ def _tensor_row(tensor: OutputTensor, number: int) -> str:
 
 
 def _what(tensor: OutputTensor) -> str:
-    """Say the operation in at most 18 signs: `+ r=8 s=2`, `copy`, `cast`, `rows of 3`."""
+    """Say the operation in at most 17 signs: `+ r=8 s=2`, `copy`, `cast`, `rows of 3`."""
     match tensor.operation:
         case Copy():
             return "copy"
@@ -115,6 +115,6 @@ def _what(tensor: OutputTensor) -> str:
 
 
 def _row(name: str, shape: str, dtype: str, what: str, file: str) -> str:
-    if len(name) > 37:
-        name = f"{name[:12]}~{name[-24:]}"
-    return f"{name:<37} {shape:>13} {dtype:<5} {what:<18} {file:>3}".rstrip()
+    if len(name) > 38:
+        name = f"~{name[-37:]}"
+    return f"{name:<38} {shape:>13} {dtype:<5} {what:<17} {file:>3}".rstrip()

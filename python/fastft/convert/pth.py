@@ -31,7 +31,7 @@ from fastft.convert.sidefiles import copy_side_files, side_files
 from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
 from fastft.convert.source import Fingerprint, Source, check_unchanged, fingerprint
 from fastft.convert.stream import write_shards
-from fastft.convert.target import check_space, check_target
+from fastft.convert.target import check_target
 from fastft.convert.tied import find_tied
 from fastft.errors import CheckpointError, FileError, PlanError, UsageError
 
@@ -164,8 +164,7 @@ def execute(plan: PthPlan, save_path: Path, *, force: bool = False) -> PthReport
         CheckpointError: a value overflows the new dtype, or an input changed.
     """
     started = time.monotonic()
-    check_target(save_path, plan.sources, force=force)
-    check_space(save_path, plan.num_bytes)
+    check_target(save_path, plan.sources, plan.num_bytes, force=force)
     for note in plan.notes:
         console.note(note)
     single = ADAPTER_WEIGHTS if plan.kind == "adapter" else "model.safetensors"

@@ -37,7 +37,9 @@ def write_shards(shards: Sequence[Shard], folder: Path, what: str, *, single: st
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     started = time.monotonic()
     with console.progress(what, total, "B") as advance:
-        done = _native.run_plan(native_json(shards, folder), progress=lambda now, _total: advance(now))
+        done = _native.run_plan(
+            native_json(shards, folder), progress=lambda now, in_all: advance(total * now / max(in_all, 1))
+        )
     if len(shards) > 1:
         (folder / index_name(single)).write_text(index_text(shards), encoding="utf-8")
     check_written(shards, folder)

@@ -297,7 +297,8 @@ def _is_nan(bits: "Bits", dtype: str) -> "NDArray[np.bool_]":
         "F16": (0x7C00, 0x7FFF),
         "BF16": (0x7F80, 0x7FFF),
     }[dtype]
-    return (bits & np.array(sign_free, bits.dtype)) > exponent
+    nan: NDArray[np.bool_] = (bits & np.array(sign_free, bits.dtype)) > exponent
+    return nan
 
 
 def _same_bytes(tensor: OutputTensor, written: Source) -> bool:

@@ -4,7 +4,6 @@ The order of things: `hub.locate` finds a source, `sources` reads rows, `formats
 tokens (in batches: the tokenizer runs on all cores), long ones are cut, `packing` joins the rest into rows.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -88,25 +87,6 @@ def prepare(data: Data, task: Task, tokenizer: Any, seed: int, *, chat_template:
         learns_to_stop=task == "pretrain" or encoder.template is None or encoder.template.learns_to_stop,
     )
     return Prepared(train, evaluation, report, None if encoder.template is None else encoder.template.text)
-
-
-def first(data: Data, task: Task, tokenizer: Any, num: int, *, chat_template: str | None = None) -> Samples:
-    """The first samples of the train data, one per row and in the order of the files; reads no further than needed.
-
-    Args:
-        data: the config's section.
-        task: as in `prepare`.
-        tokenizer: a fast tokenizer of transformers.
-        chat_template: text of a template for a tokenizer without one.
-        num: how many are wanted; some more, or fewer, may come.
-
-    Raises:
-        DataError, FileError, HubError: as in `prepare`, for what is read.
-    """
-    part = PartReport()
-    documents = _documents(data.train, _Encoder(task, tokenizer, chat_template, data), part, num)
-    _refuse_empty(documents, part, "train")
-    return Samples(documents, np.arange(len(documents) + 1, dtype=np.int64))
 
 
 def items(source: Source, task: Task, report: SourceReport, *, skip: bool) -> Iterator[Item]:
@@ -274,16 +254,13 @@ class _Encoder:
             part.not_learned += 1
 
 
-def _documents(
-    from_sources: Sequence[Source], encoder: _Encoder, part: PartReport, enough: float = math.inf
-) -> Documents:
-    """All documents of the sources, or those up to the batch with which there are `enough`."""
+def _documents(from_sources: Sequence[Source], encoder: _Encoder, part: PartReport) -> Documents:
     flat = _Flat()
     for source in from_sources:
         report = SourceReport(source.source)
         part.sources.append(report)
         stream = items(source, encoder.task, report, skip=encoder.skip)
-        while len(flat.places) < enough and (batch := list(islice(stream, BATCH_ROWS))):
+        while batch := list(islice(stream, BATCH_ROWS)):
             encoder.add(batch, flat, part, report)
     return flat.documents()
 

@@ -8,10 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastft import console
-from fastft.config.schema import Config
-from fastft.data.prepare import first
 from fastft.data.samples import NOT_LEARNED, Sample, Samples
-from fastft.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -22,36 +19,6 @@ OTHER_STYLE = "dim"
 OPEN_MARK, CLOSE_MARK = "[[", "]]"
 # Between two documents of a packed row.
 DOCUMENT_BORDER = "\n--- next document of this row ---\n"
-
-
-def show(config: Config, tokenizer: Any, *, what: Show, index: int, num: int) -> None:
-    """Print samples of the train data on stdout.
-
-    One sample at a time, in the order of the data: packing only decides which of them share a row.
-
-    Args:
-        config: its data section is read, as far as needed.
-        tokenizer: the model's, with its chat template.
-        what: which view.
-        index: the first sample, from 0.
-        num: how many, at least 1.
-
-    Raises:
-        UsageError: no such sample.
-        DataError, FileError, HubError: the data cannot be read.
-    """
-    from rich.text import Text
-
-    if index < 0 or num < 1:
-        raise UsageError(f"log-dataset: index {index}, num {num}; index counts from 0, and num is at least 1")
-    samples = first(config.data, config.task, tokenizer, index + num)
-    if index >= len(samples):
-        raise UsageError(f"log-dataset: no sample {index}; the train data has {len(samples)}, counted from 0")
-    out = console.stdout()
-    for number in range(index, min(index + num, len(samples))):
-        if number > index:
-            out.print(Text())
-        out.print(view(samples, number, tokenizer, what, colour=out.is_terminal))
 
 
 def view(samples: Samples, index: int, tokenizer: Any, what: Show, *, colour: bool) -> "Text":

@@ -137,13 +137,16 @@ def _local_dataset(source: str) -> Path | None:
             names = ", ".join([*(f"demo/{stem}" for stem in known), DEMO_TEXT])
             raise HubError(f"data set {source}: no such demo data; there are {names}.")
         return found
-    if _reads_like_path(source) or path.suffix.lower() in DATA_KINDS:
+    if _reads_like_path(source):
         raise FileError(f"data set {masked(source)}: no such file or folder.{_similar(path)}")
     return None
 
 
 def _reads_like_path(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or name.endswith("/")
+    if "://" in name:
+        return False
+    marks = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or name.endswith("/")
+    return marks or Path(name).suffix.lower() in DATA_KINDS
 
 
 def _similar(path: Path) -> str:
@@ -155,5 +158,7 @@ def _similar(path: Path) -> str:
 
 
 def _check_id(what: str, name: str) -> None:
+    if "://" in name:
+        raise HubError(f"{what}: an address cannot be given; download it, and give the file or folder.")
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name or name.endswith((".git", ".", "-")):
-        raise HubError(f"{what}: neither a folder here nor an id of a hub, which has the form OWNER/NAME.")
+        raise HubError(f"{what}: not here, and no id of a hub, which has the form OWNER/NAME.")

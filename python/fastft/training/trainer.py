@@ -121,9 +121,9 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         causal_lm.config.use_cache = False
         _set_checkpointing(causal_lm, config.train.gradient_checkpointing, args.device)
         loss.install(causal_lm)
-        super().__init__(
-            model=model, args=args, data_collator=collate, processing_class=tokenizer, callbacks=list(callbacks)
-        )
+        # Trainer gets no tokenizer: it would write the tokenizer's special tokens into the model's config.
+        self.tokenizer = tokenizer
+        super().__init__(model=model, args=args, data_collator=collate, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)
         # Ours divides the sum of the losses by the learned tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
@@ -193,6 +193,8 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
             total = shared.cpu().double()
         metrics = {"eval_loss": (total[0] / total[1].clamp(min=1)).item()}
         self.log(dict(metrics))
+        # Tells the loop that it is done; at the end of an epoch it would be asked for again.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the Trainer's names
@@ -245,7 +247,7 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         """Weights, config and tokenizer; no pickle of the arguments."""
         assert output_dir is not None
-        save_model(self.model, self.processing_class, Path(output_dir))
+        save_model(self.model, self.tokenizer, Path(output_dir))
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

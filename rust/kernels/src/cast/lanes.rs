@@ -51,7 +51,7 @@ pub fn narrow_f16(source: &[f32], target: &mut [u8]) -> bool {
             lost |= lost_f16(value.to_bits(), u16::from_le_bytes(*half));
         }
     }
-    lost == 0 && scalar::narrow(rest, Element::F16, rest_target)
+    scalar::narrow(rest, Element::F16, rest_target) && lost == 0
 }
 
 /// 1 where the f32 with bits `wide` is finite and its f16 `half` is not, else 0.

@@ -71,7 +71,7 @@ pub fn add_f16(base: &[f32], sums: &[f32], target: &mut [u8]) -> bool {
             lost |= lost_f16(base.to_bits(), u16::from_le_bytes(*half));
         }
     }
-    lost == 0 && super::scalar::add(base_rest, sums_rest, Element::F16, target_rest)
+    super::scalar::add(base_rest, sums_rest, Element::F16, target_rest) && lost == 0
 }
 
 /// See [`super::scalar::add`].

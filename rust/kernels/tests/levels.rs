@@ -1,0 +1,302 @@
+//! One runner for every kernel: each level that this CPU has gives the bits of the scalar file, for odd sizes and odd
+//! values. What this CPU cannot run is named in the output of `levels_of_this_cpu` (`--no-capture`).
+
+use fastft_kernels::cast::{cast, narrow, widen};
+use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, merge};
+use fastft_kernels::{Cpu, Element, Level};
+use proptest::prelude::*;
+
+fn scalar() -> Cpu {
+    Cpu::at(Level::Scalar).unwrap_or_else(|| unreachable!("scalar is always there"))
+}
+
+/// Calls `check` with every level above scalar that this CPU has.
+fn for_each_level(mut check: impl FnMut(Cpu)) {
+    Level::ALL.into_iter().filter(|level| *level > Level::Scalar).filter_map(Cpu::at).for_each(&mut check);
+}
+
+#[test]
+fn levels_of_this_cpu() {
+    for level in Level::ALL {
+        println!("{}: {}", level.name(), if level.is_available() { "run" } else { "NOT RUN, this CPU lacks it" });
+    }
+}
+
+/// A small generator, so that large inputs are cheap and the same everywhere (Steele, Lea, Flood: `SplitMix64`, 2014).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// Between -1 and 1.
+    fn value(&mut self) -> f32 {
+        #[expect(clippy::cast_precision_loss, reason = "any value will do")]
+        let value = (self.next() >> 40) as f32 / 8_388_608.0 - 1.0;
+        value
+    }
+
+    fn values(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.value()).collect()
+    }
+
+    /// Any bits: NaN, infinite, subnormal and all.
+    fn bytes(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map(|_| self.next().to_le_bytes()[0]).collect()
+    }
+}
+
+/// Values at which something changes, as f32 bits.
+const ODD: [u32; 24] = [
+    0x0000_0000,
+    0x8000_0000,
+    0x0000_0001,
+    0x8000_0001,
+    0x007F_FFFF,
+    0x0080_0000,
+    0x3F80_0000,
+    0xBF80_0000,
+    0x7F7F_FFFF,
+    0xFF7F_FFFF,
+    0x7F80_0000,
+    0xFF80_0000,
+    0x7F80_0001,
+    0xFF80_0001,
+    0x7FC0_0000,
+    0xFFFF_FFFF,
+    0x477F_E000,
+    0x477F_EFFF,
+    0x477F_F000,
+    0x3880_0000,
+    0x387F_E000,
+    0x3300_0000,
+    0x3300_0001,
+    0x32FF_FFFF,
+];
+
+fn odd_values(count: usize) -> Vec<f32> {
+    ODD.into_iter().cycle().take(count).map(f32::from_bits).collect()
+}
+
+#[test]
+fn narrow_agrees_for_every_length() {
+    for length in 0..70 {
+        let source = odd_values(length);
+        for to in Element::ALL {
+            let mut expected = vec![0; length * to.size_bytes()];
+            let kept = narrow(scalar(), &source, to, &mut expected);
+            for_each_level(|cpu| {
+                let mut target = vec![0xAA; expected.len()];
+                assert_eq!(narrow(cpu, &source, to, &mut target), kept, "{cpu:?} {to:?} {length}");
+                assert_eq!(target, expected, "{cpu:?} {to:?} {length}");
+            });
+        }
+    }
+}
+
+#[test]
+fn whether_finite_values_stayed_finite() {
+    let kept = |value: f32, to: Element| {
+        // In a full block, and in the rest that is shorter than a block.
+        [16, 3].map(|length| {
+            let mut source = vec![f32::NAN; length];
+            source[length / 2] = value;
+            let mut target = vec![0; length * to.size_bytes()];
+            let mut answers = vec![narrow(scalar(), &source, to, &mut target)];
+            for_each_level(|cpu| answers.push(narrow(cpu, &source, to, &mut target)));
+            answers.dedup();
+            answers
+        })
+    };
+    let same = |answer: bool| [vec![Ok(answer)], vec![Ok(answer)]];
+    assert_eq!(kept(65519.0, Element::F16), same(true));
+    assert_eq!(kept(65520.0, Element::F16), same(false));
+    assert_eq!(kept(-1e6, Element::F16), same(false));
+    assert_eq!(kept(f32::INFINITY, Element::F16), same(true));
+    assert_eq!(kept(3.39e38, Element::Bf16), same(true));
+    assert_eq!(kept(f32::MAX, Element::Bf16), same(false));
+    assert_eq!(kept(f32::MAX, Element::F32), same(true));
+}
+
+#[test]
+fn widen_agrees_for_every_16_bit_value() {
+    let every: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+    for from in [Element::F16, Element::Bf16] {
+        // An odd start: no kernel may count on alignment.
+        for source in [&every[..], &every[2..], &every[1..every.len() - 1]] {
+            let mut expected = vec![0.0; source.len() / 2];
+            assert_eq!(widen(scalar(), from, source, &mut expected), Ok(()));
+            for_each_level(|cpu| {
+                let mut target = vec![0.0; expected.len()];
+                assert_eq!(widen(cpu, from, source, &mut target), Ok(()));
+                assert!(
+                    target.iter().zip(&expected).all(|(one, other)| one.to_bits() == other.to_bits()),
+                    "{cpu:?} {from:?}"
+                );
+            });
+        }
+    }
+}
+
+/// A merge in one place or from one buffer into another.
+#[derive(Clone, Debug)]
+struct Case {
+    rows: usize,
+    columns: usize,
+    ranks: Vec<usize>,
+    from: Element,
+    to: Element,
+    transposed: bool,
+    any_bits: bool,
+    seed: u64,
+}
+
+fn element() -> impl Strategy<Value = Element> {
+    prop::sample::select(&Element::ALL[..])
+}
+
+prop_compose! {
+    fn case()(
+        rows in 0_usize..20, columns in prop_oneof![0_usize..80, 500_usize..1100], ranks in prop::collection::vec(1_usize..20, 0..3),
+        from in element(), to in element(), transposed: bool, any_bits: bool, seed: u64,
+    ) -> Case {
+        Case { rows, columns, ranks, from, to, transposed, any_bits, seed }
+    }
+}
+
+/// The factors of a case: left, right, scale.
+fn factors(case: &Case, random: &mut Random) -> Vec<(Vec<f32>, Panels, f32)> {
+    let ranks = case.ranks.iter().filter(|_| case.columns > 0);
+    ranks
+        .map(|rank| {
+            let left = random.values(case.rows * rank);
+            let right = random.values(rank * case.columns);
+            let panels = if case.transposed {
+                Panels::from_columns(*rank, case.columns, &right)
+            } else {
+                Panels::from_rows(*rank, case.columns, &right)
+            };
+            (left, panels.unwrap_or_else(|error| unreachable!("{error}")), random.value() * 3.0)
+        })
+        .collect()
+}
+
+fn base(case: &Case, random: &mut Random) -> Vec<u8> {
+    let count = case.rows * case.columns;
+    if case.any_bits {
+        return random.bytes(count * case.from.size_bytes());
+    }
+    let mut bytes = vec![0; count * case.from.size_bytes()];
+    assert!(narrow(scalar(), &random.values(count), case.from, &mut bytes).is_ok());
+    bytes
+}
+
+fn run(cpu: Cpu, case: &Case, base: &[u8], factors: &[(Vec<f32>, Panels, f32)]) -> (Vec<u8>, bool) {
+    let deltas: Vec<_> = factors
+        .iter()
+        .zip(&case.ranks)
+        .map(|((left, right, scale), rank)| {
+            let (row_stride, rank_stride) = if case.transposed { (1, case.rows) } else { (*rank, 1) };
+            Delta { left: Left { values: left, row_stride, rank_stride }, right, scale: *scale }
+        })
+        .collect();
+    let band = Band { rows: case.rows, columns: case.columns };
+    let mut target = vec![0xAA; case.rows * case.columns * case.to.size_bytes()];
+    let kept = merge(cpu, band, Base::Apart(case.from, base), case.to, &mut target, &deltas);
+    let kept = kept.unwrap_or_else(|error| unreachable!("{error}"));
+    if case.from == case.to {
+        let mut in_place = base.to_vec();
+        assert_eq!(merge(cpu, band, Base::InPlace, case.to, &mut in_place, &deltas), Ok(kept));
+        assert_eq!(in_place, target, "in place differs");
+    }
+    (target, kept)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn merge_agrees(case in case()) {
+        let mut random = Random(case.seed);
+        let factors = factors(&case, &mut random);
+        let base = base(&case, &mut random);
+        let expected = run(scalar(), &case, &base, &factors);
+        for_each_level(|cpu| assert_eq!(run(cpu, &case, &base, &factors), expected, "{cpu:?}"));
+    }
+
+    /// Against f64: `|error| <= (rank + 3) 2^-24 (|W| + |s| sum |b||a|)` for f32 (formats 2.2: one rounding per fused
+    /// step, one for the scale, one for the sum), and half a step of the narrower dtype on top.
+    #[test]
+    fn merge_is_right(case in case()) {
+        let case = Case { ranks: case.ranks.into_iter().take(1).collect(), any_bits: false, ..case };
+        let mut random = Random(case.seed);
+        let factors = factors(&case, &mut random);
+        let base = base(&case, &mut random);
+        let (merged, kept) = run(scalar(), &case, &base, &factors);
+        prop_assert!(kept);
+        let count = case.rows * case.columns;
+        let (mut weights, mut results) = (vec![0.0; count], vec![0.0; count]);
+        prop_assert!(widen(scalar(), case.from, &base, &mut weights).is_ok() && widen(scalar(), case.to, &merged, &mut results).is_ok());
+        let half_step = match case.to {
+            Element::F32 => 0.0,
+            Element::F16 => 2f64.powi(-11),
+            Element::Bf16 => 2f64.powi(-8),
+        };
+        let mut again = Random(case.seed);
+        for rank in &case.ranks {
+            let (left, right) = (again.values(case.rows * rank), again.values(rank * case.columns));
+            let scale = f64::from(again.value() * 3.0);
+            for index in 0..count {
+                let (row, column) = (index / case.columns, index % case.columns);
+                let products = (0..*rank).map(|k| {
+                    let b = if case.transposed { left[k * case.rows + row] } else { left[row * rank + k] };
+                    let a = if case.transposed { right[column * rank + k] } else { right[k * case.columns + column] };
+                    f64::from(a) * f64::from(b)
+                });
+                let weight = f64::from(weights[index]);
+                let exact = weight + scale * products.clone().sum::<f64>();
+                let size = weight.abs() + (scale * products.map(f64::abs).sum::<f64>()).abs();
+                #[expect(clippy::cast_precision_loss, reason = "a rank is small")]
+                let bound = (*rank as f64 + 3.0) * 2f64.powi(-24) * size + half_step * exact.abs() + 2f64.powi(-25);
+                prop_assert!((f64::from(results[index]) - exact).abs() <= bound, "at {index}: {} instead of {exact}", results[index]);
+            }
+        }
+    }
+
+    #[test]
+    fn cast_agrees(length in 0_usize..9000, seed: u64, from in element(), to in element()) {
+        let bytes = Random(seed).bytes(length);
+        let source = &bytes[..length / from.size_bytes() * from.size_bytes()];
+        let mut expected = vec![0; source.len() / from.size_bytes() * to.size_bytes()];
+        let kept = cast(scalar(), from, source, to, &mut expected);
+        for_each_level(|cpu| {
+            let mut target = vec![0xAA; expected.len()];
+            assert_eq!(cast(cpu, from, source, to, &mut target), kept);
+            assert_eq!(target, expected);
+        });
+    }
+}
+
+#[test]
+fn wrong_sizes_are_refused() {
+    let panels = Panels::from_rows(2, 3, &[0.0; 6]).unwrap_or_else(|error| unreachable!("{error}"));
+    let mut target = [0; 24];
+    let mut merge_of = |rows, columns, values: &[f32]| {
+        let delta = Delta { left: Left { values, row_stride: 2, rank_stride: 1 }, right: &panels, scale: 1.0 };
+        merge(scalar(), Band { rows, columns }, Base::InPlace, Element::F32, &mut target, &[delta])
+    };
+    assert_eq!(merge_of(2, 3, &[0.0; 4]), Ok(true));
+    assert!(merge_of(2, 3, &[0.0; 3]).is_err());
+    assert!(merge_of(3, 2, &[0.0; 6]).is_err());
+    assert!(merge_of(1, 3, &[0.0; 4]).is_err());
+    assert!(merge_of(usize::MAX, 3, &[0.0; 4]).is_err());
+    assert!(Panels::from_rows(0, 3, &[]).is_err());
+    assert!(Panels::from_columns(2, 3, &[0.0; 5]).is_err());
+    assert!(widen(scalar(), Element::F16, &[0; 3], &mut [0.0; 1]).is_err());
+    assert!(cast(scalar(), Element::F16, &[0; 3], Element::F32, &mut [0; 4]).is_err());
+}
