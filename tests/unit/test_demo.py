@@ -28,7 +28,11 @@ def test_the_text_is_the_same_for_the_same_seed_and_another_for_another():
 
 def test_the_first_document_is_the_one_written_down():
     # Written down when the base was trained: another Python version must make the same text.
-    assert next(corpus.documents(1)).startswith(FIRST_DOCUMENT)
+    assert next(corpus.documents(1)) == (
+        "Once upon a time there was a young lamb named Karl. It was a sunny day, and Karl had nothing to do. He looked "
+        "at the ball and had an idea. They made a little house in the school. They asked a cow to come with them. "
+        "They played until the sun went down. That night Karl slept very well."
+    )
 
 
 def test_text_and_rows_are_ascii():
