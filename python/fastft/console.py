@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 # A job that ends sooner shows no bar (DESIGN section 4).
 BAR_AFTER_S = 2.0
@@ -19,6 +21,10 @@ BAR_AFTER_S = 2.0
 PLAIN_LINE_EVERY_S = 10.0
 
 _consoles: "dict[str, Console]" = {}
+# The file that gets a copy of all notes (a run's log.txt), and whether this process keeps quiet (all but the first
+# of several training processes).
+_copies: list[TextIO] = []
+_silent: list[bool] = []
 
 
 def stderr() -> "Console":
@@ -46,7 +52,14 @@ def result(text: str) -> None:
 
 def note(text: str) -> None:
     """Tell what is being done or chosen, on stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
+    _say(printable(text), printable(text))
+
+
+def show(text: "Text") -> None:
+    """Show text with colours (a sample with its mask) on stderr."""
+    if not _silent:
+        stderr().print(text)
+    _copy(printable(text.plain))
 
 
 def warn(text: str) -> None:
@@ -64,11 +77,43 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+@contextmanager
+def copied_to(path: Path) -> Iterator[None]:
+    """Append everything that is said meanwhile to a file too, as plain text."""
+    with path.open("a", encoding="utf-8") as file:
+        _copies.append(file)
+        try:
+            yield
+        finally:
+            _copies.remove(file)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Say nothing meanwhile, but errors."""
+    _silent.append(True)
+    try:
+        yield
+    finally:
+        _silent.pop()
+
+
 def _marked(mark: str, colour: str, text: str) -> None:
     codes = {"yellow": "\033[33m", "red": "\033[31m"}
-    if sys.stderr.isatty():
-        mark = f"{codes[colour]}{mark}\033[0m"
-    print(f"{mark} {printable(text)}", file=sys.stderr, flush=True)
+    shown = f"{codes[colour]}{mark}\033[0m" if sys.stderr.isatty() else mark
+    _say(f"{shown} {printable(text)}", f"{mark} {printable(text)}", even_if_silent=colour == "red")
+
+
+def _say(shown: str, plain: str, *, even_if_silent: bool = False) -> None:
+    if not _silent or even_if_silent:
+        print(shown, file=sys.stderr, flush=True)
+    _copy(plain)
+
+
+def _copy(plain: str) -> None:
+    for file in _copies:
+        file.write(plain + "\n")
+        file.flush()
 
 
 class Advance(Protocol):

@@ -36,6 +36,12 @@ def test_what_it_reads(tmp_path: Path) -> None:
     assert b == _native.read_header(str(tmp_path / "x.safetensors"))[-1]
 
 
+def test_a_length_that_looks_like_a_pickle(tmp_path: Path) -> None:
+    """640 is written 80 02 00 ...: the first bytes of a pickle of protocol 2."""
+    text = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).ljust(640).encode()
+    assert [tensor.name for tensor in _native.read_header(file_of(tmp_path / "x.safetensors", text, b"\0"))] == ["a"]
+
+
 def lfs_pointer(path: Path) -> None:
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
 

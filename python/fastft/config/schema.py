@@ -4,9 +4,10 @@ The reference page, the editor schema (`fastft config schema`) and the comments 
 from here. Models are frozen and refuse unknown keys; `config.load` turns a refusal into file:line and the nearest key.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import TypeIs
 
 Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -35,15 +36,14 @@ class Model(Section):
         "pretrained", description="`random` takes config.json and tokenizer from `name` and draws new weights"
     )
     dtype: Dtype = Field(
-        "auto", description="dtype of the frozen weights; auto: the checkpoint's own (fp32 for `method: full` on CPU)"
+        "auto", description="dtype of the frozen weights; auto: the checkpoint's own (fp32 on a CPU for full and qlora)"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="attention code; auto: what transformers chooses"
     )
     chat_template: str | None = Field(
         None,
-        description="template for a tokenizer that has none: a name in configs/chat_templates or a .jinja file; "
-        "the tokenizer's own always wins",
+        description="for a tokenizer that has none: a name in configs/chat_templates, or a .jinja file",
     )
 
 
@@ -91,9 +91,11 @@ class Method(Section):
     @model_validator(mode="after")
     def _no_idle_blocks(self) -> Self:
         if self.kind == "full" and self.lora is not None:
-            raise ValueError("`lora` has no effect with kind: full; remove it or set kind: lora")
+            raise ValueError("`lora` has no effect with kind: full; set method.lora=null, or kind: lora")
         if self.kind != "qlora" and self.quantization is not None:
-            raise ValueError(f"`quantization` has no effect with kind: {self.kind}; remove it or set kind: qlora")
+            raise ValueError(
+                f"`quantization` has no effect with kind: {self.kind}; set method.quantization=null, or kind: qlora"
+            )
         return self
 
 
@@ -109,8 +111,7 @@ class Source(Section):
     """One data set."""
 
     source: Name = Field(
-        description="file (json, jsonl, parquet, csv, txt; .gz too), folder of these, or a data set id on the hub; "
-        "`demo/NAME` is a data set that comes with fastft"
+        description="file (json, jsonl, parquet, csv, txt; .gz too), folder of these, id on the hub, or demo/NAME"
     )
     format: Format = Field("auto", description="how a row is read; auto looks at the columns and says what it chose")
     columns: Columns | None = Field(None, description="for format: columns")
@@ -124,7 +125,7 @@ class Source(Section):
     @model_validator(mode="after")
     def _columns_match(self) -> Self:
         if (self.format == "columns") != (self.columns is not None):
-            raise ValueError("`columns` and `format: columns` belong together")
+            raise ValueError("`columns` and `format: columns` belong together; set both or neither")
         return self
 
 
@@ -198,3 +199,16 @@ class Config(Section):
     train: Train = Field(default_factory=Train, description="how it is learned")
     samples: Samples = Field(default_factory=Samples, description="prompts answered along the way")
     output: Output = Field(default_factory=Output, description="what is written, and where")
+
+
+def leaves(section: type[Section] = Config, prefix: str = "") -> list[str]:
+    """Dotted keys of all single values of the config (`train.lr`), in the order of the schema; lists are one value."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
+        keys += leaves(inner, f"{prefix}{name}.") if inner is not None else [prefix + name]
+    return keys
+
+
+def _is_section(annotation: object) -> TypeIs[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)

@@ -1,0 +1,93 @@
+"""`fastft` and `python -m fastft`: finds the command, checks its words, builds the job, runs it, ends with its exit code.
+
+0: done. 1: failed. 2: wrong use. 130 and 143: stopped by Ctrl-C and SIGTERM. Errors are one or a few lines; `--debug`
+anywhere on the line shows the traceback too.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastft import console
+from fastft.cli import table, words
+from fastft.cli.job import Job
+from fastft.errors import FastftError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return the exit code."""
+    typed = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in typed or bool(os.environ.get("FASTFT_DEBUG"))
+    typed = [word for word in typed if word != "--debug"]
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _build(typed).run() or 0
+    except FastftError as problem:
+        if debug:
+            traceback.print_exc()
+        console.error(str(problem))
+        return problem.exit_code
+    except KeyboardInterrupt:
+        console.note("stopped")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`fastft list-cfg | head`); keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, MemoryError) as problem:
+        if debug:
+            traceback.print_exc()
+        console.error(_about_machine(problem))
+        return 1
+    except Exception as problem:  # noqa: BLE001 - the last door: a bug of ours, said as such
+        if debug:
+            traceback.print_exc()
+        console.error(
+            f"this is a bug in fastft, not a mistake of yours: {type(problem).__name__}: {problem}\n"
+            "       run the same command with --debug to see where it happened"
+        )
+        return 1
+
+
+def _build(typed: Sequence[str]) -> Job:
+    """The job that the words ask for; nothing has run yet."""
+    asked = next((place for place, word in enumerate(typed) if word in ("-h", "--help")), None)
+    if asked is not None:
+        typed = ["help", *[word for word in typed[:asked] if not word.startswith("-")][:2]]
+    command, rest = table.find(typed or ["help"])
+    function = command.function()
+    return _bind(command.name, function, words.check(command.name, function, rest, command.shorts))
+
+
+def _bind(name: str, function: Callable[..., Job], checked: list[str]) -> Job:
+    """Let Fire bind words that have been checked; every value is read as its annotation says."""
+    import fire
+    from fire import decorators
+
+    def command(*args: Any, **kwargs: Any) -> Job:
+        return function(*args, **kwargs)
+
+    command.__signature__ = words.inspect.signature(function)  # type: ignore[attr-defined]
+    reads = words.converters(function)
+    bound = decorators.SetParseFns(**reads)(decorators.SetParseFn(str)(command))
+    job: Job = fire.Fire(bound, command=checked, name=f"fastft {name}", serialize=lambda _: None)
+    return job
+
+
+def _about_machine(problem: OSError | MemoryError) -> str:
+    """One line for what the operating system refused."""
+    if isinstance(problem, MemoryError):
+        return "out of memory; close other programs, or use a smaller model, batch or max_length"
+    where = f"{problem.filename}: " if problem.filename else ""
+    return f"{where}{problem.strerror or problem}"
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

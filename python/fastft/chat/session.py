@@ -1,0 +1,274 @@
+"""A model to talk to, and its answers.
+
+The template is the one that lies with the model, so training and chat cannot differ. `load` takes a model folder, an
+adapter folder (its base is found by what adapter_config.json says) or a hub id; `answer` streams one answer.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastft import console
+from fastft.config import schema
+from fastft.data.dialogue import Message
+from fastft.data.template import ChatTemplate
+from fastft.errors import CheckpointError, ConfigError, HubError
+from fastft.model import device, quantization, quiet, tokenizer
+from fastft.model import load as model_load
+
+OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: longest answer.
+        temperature: 0 always takes the likeliest token; below 1 prefers likely ones.
+        top_k: sample from so many likeliest tokens; 0 is all.
+        top_p: sample from the likeliest tokens of this total probability, 0 to 1.
+        repetition_penalty: above 1 makes tokens that were there less likely.
+        seed: of the sampling; the same seed gives the same answer.
+    """
+
+    max_new_tokens: int = 2048
+    temperature: float = 0.1
+    top_k: int = 40
+    top_p: float = 0.75
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.max_new_tokens >= 1, f"max_new_tokens: {self.max_new_tokens} is not allowed; 1 or more"),
+            (self.temperature >= 0, f"temperature: {self.temperature} is not allowed; 0 or more"),
+            (self.top_k >= 0, f"top_k: {self.top_k} is not allowed; 0 (all) or more"),
+            (0 < self.top_p <= 1, f"top_p: {self.top_p} is not allowed; above 0, at most 1"),
+            (self.repetition_penalty > 0, f"repetition_penalty: {self.repetition_penalty} is not allowed; above 0"),
+        )
+        for holds, complaint in checks:
+            if not holds:
+                raise ConfigError(complaint)
+
+
+class Talk:
+    """A model with its tokenizer, ready to answer.
+
+    Args:
+        model: any causal language model of transformers or peft.
+        tokenizer: its tokenizer.
+        continues: treat every question as text to continue, even if there is a chat template.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, continues: bool = False) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = None if continues or not tokenizer.chat_template else ChatTemplate(tokenizer)
+        self.stops = stop_ids(model, tokenizer, self.template)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids after which the answer comes; without a template the last message, to be continued."""
+        if self.template is not None:
+            return self.template.prompt(messages)
+        return [int(i) for i in self.tokenizer(messages[-1].content)["input_ids"]]
+
+
+def question(text: str, system: str | None = None) -> list[Message]:
+    """The messages of a single question."""
+    first = [Message("system", system)] if system else []
+    return [*first, Message("user", text)]
+
+
+def load(
+    model: str, *, adapter: str | None = None, bits: int | None = None, dtype: str = "auto", hub: str = "huggingface"
+) -> Talk:
+    """Read a model to talk to.
+
+    Args:
+        model: folder or hub id of a model, or the folder of an adapter, whose base is then looked for.
+        adapter: folder of an adapter to put on the model.
+        bits: 4 holds the weights in NF4, None as they are.
+        dtype: bf16, fp16, fp32, or auto (the checkpoint's own; fp32 for fp16 on a CPU).
+        hub: where to look for an id.
+
+    Raises:
+        CheckpointError: a folder is no model or no adapter.
+        HubError: the model, or the base of an adapter, cannot be found.
+    """
+    quiet.prepare_libraries()
+    wanted = Path(model).expanduser()
+    if (wanted / "adapter_config.json").is_file():
+        if adapter is not None:
+            raise ConfigError(f"chat {model}: this is an adapter already; give its base model with --adapter {adapter}")
+        adapter, model = str(wanted), _base_of(wanted)
+        console.note(f"chat: {adapter} is an adapter; its base is {model}")
+        base = _locate(model, hub, f"the base of adapter {adapter}")
+    else:
+        base = _locate(model, hub, None)
+    words = tokenizer.read(Path(adapter) if adapter and _has_tokenizer(Path(adapter)) else base.weights_folder)
+    loaded = _read(base, bits, dtype)
+    if adapter is not None:
+        loaded = _with_adapter(loaded, Path(adapter))
+    loaded.eval()
+    talk = Talk(loaded, words)
+    if talk.template is None:
+        console.note("chat: this model has no chat template; it continues your text instead of answering it")
+    return talk
+
+
+def answer(talk: Talk, messages: Sequence[Message] | str, sampling: Sampling, on_text: OnText | None = None) -> str:
+    """Answer a dialogue.
+
+    Args:
+        talk: the model.
+        messages: the turns so far, the user's last; or the text of a single question.
+        sampling: how tokens are chosen; torch's global random state is as before afterwards.
+        on_text: called with each new piece of the answer as it comes.
+
+    Returns:
+        the answer without special tokens.
+    """
+    import torch
+
+    if isinstance(messages, str):
+        messages = question(messages)
+    ids_1T = torch.tensor([talk.prompt_ids(messages)], device=talk.model.device)
+    streamer = _Stream(talk.tokenizer, on_text)
+    devices = [talk.model.device] if talk.model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(sampling.seed)
+        talk.model.generate(
+            input_ids=ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
+            generation_config=_generation(talk, sampling),
+            streamer=streamer,
+        )
+    return streamer.text
+
+
+def stop_ids(model: Any, tokenizer: Any, template: ChatTemplate | None) -> list[int]:
+    """Ids that end an answer: those of generation_config, the tokenizer's eos, and the template's end of turn."""
+    found: list[int] = []
+    config = getattr(model, "generation_config", None)
+    eos = getattr(config, "eos_token_id", None)
+    found += eos if isinstance(eos, list) else [eos] if eos is not None else []
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    if template is not None and template.end_of_turn:
+        # A mark of several tokens ("</s>" unknown to the tokenizer, "\n\n") cannot be seen in one id.
+        ids = tokenizer(template.end_of_turn, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1:
+            found += ids
+    return sorted({int(i) for i in found})
+
+
+class _Stream:
+    """Collects generated ids and hands on whole characters; transformers calls `put` and `end`."""
+
+    def __init__(self, tokenizer: Any, on_text: OnText | None) -> None:
+        self.tokenizer = tokenizer
+        self.on_text = on_text
+        self.ids: list[int] = []
+        self.text = ""
+        self.is_prompt = True
+
+    def put(self, value: Any) -> None:
+        if self.is_prompt:
+            self.is_prompt = False
+            return
+        self.ids += value.flatten().tolist()
+        if self.on_text is not None:
+            self._show(final=False)
+
+    def end(self) -> None:
+        self._show(final=True)
+
+    def _show(self, *, final: bool) -> None:
+        decoded = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        # The bytes of one character may lie in several tokens; the replacement sign says that some are missing.
+        if not final:
+            decoded = decoded.rstrip("\N{REPLACEMENT CHARACTER}")
+        new, self.text = decoded[len(self.text) :], decoded if len(decoded) >= len(self.text) else self.text
+        if new and self.on_text is not None:
+            self.on_text(new)
+
+
+def _generation(talk: Talk, sampling: Sampling) -> Any:
+    from transformers import GenerationConfig
+
+    greedy = sampling.temperature == 0
+    chosen = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=not greedy,
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=talk.stops or None,
+        pad_token_id=tokenizer.pad_id(talk.tokenizer),
+        bos_token_id=talk.tokenizer.bos_token_id,
+        use_cache=True,
+        **chosen,
+    )
+
+
+def _locate(model: str, hub: str, role: str | None) -> model_load.Base:
+    try:
+        return model_load.locate(schema.Model.model_validate({"name": model, "hub": hub}))
+    except HubError as cause:
+        if role is None:
+            raise
+        raise HubError(f"{role} cannot be found: {cause}; give it by hand: fastft chat BASE --adapter DIR") from cause
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        config: Mapping[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as cause:
+        raise CheckpointError(f"adapter {adapter}: adapter_config.json is no JSON: {cause}") from cause
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(
+            f"adapter {adapter}: it does not name its base; use: fastft chat BASE --adapter {adapter}"
+        )
+    return str(name)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quiet.hide_loading_bars()
+    on = device.choose()
+    stored_4bit = quantization.of_checkpoint(base.config_json)
+    held = model_load.checkpoint_dtype(base) if dtype == "auto" else device.by_name(dtype)
+    if dtype == "auto" and held == torch.float16 and on.type == "cpu":
+        held = torch.float32
+    place: dict[str, Any] = {"device_map": {"": str(on)}} if on.type == "cuda" or bits or stored_4bit else {}
+    if bits and stored_4bit is None:
+        place["quantization_config"] = quantization.settings(schema.Quantization(), on)
+    model_config = model_load.read_model_config(base)
+    device.share_cores(model_config, on)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base.weights_folder, config=model_config, dtype=held, **place)
+    except (OSError, ValueError, KeyError) as cause:
+        raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
+    if bits or stored_4bit is not None:
+        quantization.disable_cpu_repacking(model)
+    return model
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise CheckpointError(f"adapter {adapter}: there is no adapter_config.json; is this an adapter folder?")
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError, OSError) as cause:
+        raise CheckpointError(f"adapter {adapter}: does not fit the model: {str(cause).splitlines()[0]}") from cause

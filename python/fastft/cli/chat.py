@@ -1,0 +1,56 @@
+"""`fastft chat`: talk to a model, merged or with an adapter."""
+
+from typing import Literal
+
+from fastft.cli.job import Job
+
+
+def chat(
+    model: str,
+    *,
+    adapter: str | None = None,
+    prompt: str | None = None,
+    system: str | None = None,
+    bits: Literal["4"] | None = None,
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    max_new_tokens: int = 2048,
+    temperature: float = 0.1,
+    top_k: int = 40,
+    top_p: float = 0.75,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+) -> Job:
+    """Talk to a model, with or without an adapter.
+
+    On a terminal you talk in turns; otherwise each line of stdin is a question.
+
+    Args:
+        model: folder or hub id of a model, or folder of an adapter
+        adapter: folder of an adapter to put on the model
+        prompt: answer this and end
+        system: system message
+        bits: 4 holds the weights in NF4
+        dtype: of the weights
+        max_new_tokens: longest answer
+        temperature: 0 always takes the likeliest token
+        top_k: sample from so many likeliest tokens
+        top_p: sample from the likeliest tokens of this total probability
+        repetition_penalty: above 1 makes repeated tokens less likely
+        seed: of the sampling
+    """
+
+    def run() -> int | None:
+        from fastft.chat import repl, session
+
+        sampling = session.Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        talk = session.load(model, adapter=adapter, bits=int(bits) if bits else None, dtype=dtype)
+        return repl.run(talk, sampling, system=system, prompt=prompt)
+
+    return Job(run)

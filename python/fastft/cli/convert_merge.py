@@ -1,0 +1,81 @@
+"""`fastft convert merge`."""
+
+from pathlib import Path
+from typing import Literal
+
+from fastft import console
+from fastft.cli.job import Job
+from fastft.errors import PlanError, UsageError
+
+
+def merge(
+    llm: str,
+    adapter_path: str,
+    save_path: str,
+    *,
+    adapter: tuple[str, ...] = (),
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    max_shard_size: str = "2GB",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    is_clip: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+    force: bool = False,
+    safe_serialization: bool = True,
+) -> Job:
+    """Merge an adapter into its base; write a model folder.
+
+    Args:
+        llm: folder or hub id of the base model
+        adapter_path: folder of the adapter
+        save_path: folder to write; must not exist
+        adapter: another adapter as DIR or DIR:WEIGHT; may be given several times
+        dtype: of the written weights; auto keeps the base's
+        max_shard_size: largest file, e.g. 2GB (2*10^9 bytes), 2GiB; a bare number is GB
+        device: where the arithmetic runs; auto and cpu are the native stream
+        is_clip: the base is a CLIP vision tower
+        dry_run: print the plan, write nothing
+        json: with --dry-run: print the plan as JSON
+        force: replace save_path if it exists
+        safe_serialization: accepted for XTuner's scripts; safetensors is always written
+    """
+    if json and not dry_run:
+        raise UsageError("convert merge: --json belongs to --dry-run")
+    if not safe_serialization:
+        raise UsageError("convert merge: --safe-serialization=false: fastft writes safetensors only")
+
+    def run() -> None:
+        from fastft.config.schema import Model
+        from fastft.convert import merge as merging
+        from fastft.convert import size
+        from fastft.hub import locate
+
+        if device == "cuda":
+            raise PlanError(
+                "convert merge: --device cuda is not there yet; the native stream (--device cpu) needs no GPU"
+            )
+        if is_clip:
+            raise PlanError("convert merge: --is-clip is not there yet; only language models can be merged so far")
+        plan = merging.plan(
+            locate.model(Model(name=llm)),
+            [(Path(adapter_path), 1.0), *[with_weight(text) for text in adapter]],
+            dtype=dtype,
+            max_shard_size_bytes=size.parse_size(max_shard_size),
+        )
+        if dry_run:
+            console.result(plan.as_json() if json else plan.as_table())
+            return
+        console.result(merging.execute(plan, Path(save_path), force=force).line())
+
+    return Job(run)
+
+
+def with_weight(text: str) -> tuple[Path, float]:
+    """`DIR:WEIGHT` or `DIR`."""
+    folder, separator, weight = text.rpartition(":")
+    if not separator or Path(text).is_dir():
+        return Path(text), 1.0
+    try:
+        return Path(folder), float(weight)
+    except ValueError:
+        raise UsageError(f"convert merge: --adapter {text}: `{weight}` is not a weight; write DIR:0.5") from None

@@ -1,0 +1,31 @@
+"""`fastft convert verify`."""
+
+from pathlib import Path
+
+from fastft import console
+from fastft.cli.convert_merge import with_weight
+from fastft.cli.job import Job
+from fastft.errors import UsageError
+
+
+def verify(merged: str, *, base: str | None = None, adapter: tuple[str, ...] = ()) -> Job:
+    """Say tensor by tensor whether a folder is base + adapter.
+
+    Args:
+        merged: the folder to check
+        base: folder or hub id of the base model
+        adapter: folder of an adapter, or DIR:WEIGHT; may be given several times
+    """
+    if base is None or not adapter:
+        raise UsageError("convert verify: --base and --adapter are needed: what was merged into what")
+
+    def run() -> int:
+        from fastft.config.schema import Model
+        from fastft.convert import verify as verifying
+        from fastft.hub import locate
+
+        report = verifying.verify(Path(merged), locate.model(Model(name=base)), [with_weight(text) for text in adapter])
+        console.result(report.text())
+        return 0 if report.good else 1
+
+    return Job(run)

@@ -1,0 +1,336 @@
+"""A PEFT adapter folder, read strictly: every setting understood, every tensor used exactly once, or refused.
+
+Reads adapter_config.json and the header of adapter_model.safetensors (spec/formats.md section 1). What it gives is
+joined with the tensors of a base by `names`.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from fastft.convert.folder import existing_folder, read_safetensors
+from fastft.convert.json_file import read_object
+from fastft.convert.source import FLOATS, Fingerprint, Source, fingerprint
+from fastft.errors import CheckpointError, FileError, PlanError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE_WEIGHTS = "adapter_model.bin"
+TRAINING = "fastft_training.json"
+
+_MAX_RANK = 65536
+# Settings that say where or how the adapter was trained, not what it adds.
+_IGNORED = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+        "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+        "lora_dropout", "lora_ga_config", "megatron_core", "monteclora_config", "peft_type", "peft_version",
+        "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
+    }
+)  # fmt: skip
+_READ = frozenset(
+    {
+        "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save",
+        "r", "rank_pattern", "trainable_token_indices", "use_dora", "use_rslora",
+    }
+)  # fmt: skip
+_PEFT_FALLBACK = "merge it with PEFT's merge_and_unload instead"
+# Settings that change the arithmetic in a way that is not built, with the way out.
+_REFUSED = {
+    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens and has no merged form",
+    "arrow_config": "Arrow routes between adapters for each token and has no merged form",
+    "kasa_config": "KaSA changes the base by an SVD at the start; save the merged model from the training",
+    "layer_replication": "the model has repeated layers; save the merged model from the training",
+    "megatron_config": "Megatron's parallel layers are not read; save the adapter from the training without them",
+    "target_parameters": f"adapters on bare parameters (mixture-of-experts weights) are not built; {_PEFT_FALLBACK}",
+    "use_bdlora": f"block-diagonal LoRA is not built; {_PEFT_FALLBACK}",
+    "use_qalora": "QA-LoRA belongs to GPTQ weights; merge it there",
+}
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.", "module.")
+_PREFIX = "base_model.model."
+_LOW_RANK = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.(?P<what>weight|bias)")
+_LOW_RANK_PLAIN = re.compile(
+    r"(?P<path>.+)\.(?P<what>lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
+)
+_TOKENS = re.compile(r"(?P<path>.+)\.token_adapter(?:\.[^.]+)?\.trainable_tokens_delta(?:\.[^.]+)?")
+_SAVED = re.compile(r"(?P<path>.+?)\.modules_to_save\.[^.]+\.(?P<rest>.+)")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A pair of matrices that adds scale * B A to one module.
+
+    Attributes:
+        path: the module's path in the model that was trained.
+        a: (rank, in).
+        b: (out, rank).
+        scale: alpha/rank, or alpha/sqrt(rank) with rsLoRA.
+        magnitude: (out,), DoRA's trained norm of each row; None without DoRA.
+        bias: (out,), the bias of lora_B; None without.
+        embedding: the module is an embedding, whose weight is (vocabulary, hidden): the transposed product is added.
+    """
+
+    path: str
+    a: Source
+    b: Source
+    scale: float
+    magnitude: Source | None = None
+    bias: Source | None = None
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter does to a model.
+
+    Attributes:
+        folder: absolute path.
+        config: adapter_config.json.
+        low_rank: module path to its update.
+        replaced: tensor name to the tensor that stands for the base's: modules_to_save and trained biases.
+        token_rows: module path to new rows of its embedding.
+        training: fastft_training.json, where it is there.
+        fingerprints: the files that were read.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    low_rank: Mapping[str, LowRank]
+    replaced: Mapping[str, Source]
+    token_rows: Mapping[str, Source]
+    training: Mapping[str, Any] | None
+    fingerprints: tuple[Fingerprint, ...] = field(repr=False)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        return bool(self.config.get("fan_in_fan_out"))
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter folder.
+
+    Raises:
+        FileError: the folder, its config or its weights are missing.
+        CheckpointError: the file is broken, or holds a tensor that is not understood or not paired.
+        PlanError: a setting that has no right merge here; the message says what to do instead.
+    """
+    folder = existing_folder(folder, "the adapter")
+    config_path, weights_path = folder / CONFIG, folder / WEIGHTS
+    if not config_path.exists():
+        raise FileError(f"{folder}: no {CONFIG} there; give the folder of a PEFT adapter{_nearby(folder)}")
+    config = read_object(config_path)
+    check_config(config, config_path)
+    if weights_path.exists():
+        tensors = read_safetensors(weights_path)
+    elif (folder / PICKLE_WEIGHTS).exists():
+        from fastft.convert.pth_reader import read_state_dict
+
+        weights_path = folder / PICKLE_WEIGHTS
+        tensors = dict(read_state_dict(weights_path).tensors)
+    else:
+        raise FileError(f"{folder}: no {WEIGHTS} there")
+    training_path = folder / TRAINING
+    training = read_object(training_path) if training_path.exists() else None
+    return understood(tensors, config, weights_path, files=(config_path, weights_path), training=training)
+
+
+def understood(
+    tensors: Mapping[str, Source],
+    config: Mapping[str, Any],
+    path: Path,
+    *,
+    files: Sequence[Path] = (),
+    training: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """Give each tensor of an adapter its meaning.
+
+    Args:
+        tensors: by their names in the file, with or without the prefixes of PEFT, FSDP, compile and DDP.
+        config: the settings of adapter_config.json, checked by `check_config`.
+        path: the file that they are in, for the error texts.
+        files: what was read.
+        training: fastft_training.json.
+
+    Raises:
+        CheckpointError: a tensor is not understood, or A and B do not belong together.
+        PlanError: a kind that has no right merge here.
+    """
+    low_rank, replaced, token_rows = _sort_tensors(tensors, config, path)
+    fingerprints = tuple(fingerprint(file) for file in files)
+    return Adapter(path.parent, config, low_rank, replaced, token_rows, training, fingerprints)
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse settings that are unknown, out of range, or have no right merge.
+
+    Raises:
+        PlanError: the setting is known, but cannot be merged here.
+        CheckpointError: it is not known, or its value is not allowed.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise PlanError(f"{path}: peft_type {kind!r}: only LORA adapters can be merged; {_PEFT_FALLBACK}")
+    for key, value in config.items():
+        if key in _REFUSED and value not in (None, False, {}, [], ""):
+            raise PlanError(f"{path}: {key} is set: {_REFUSED[key]}")
+        if key not in _IGNORED | _READ | set(_REFUSED) and value not in (None, False, {}, [], ""):
+            known = get_close_matches(key, sorted(_READ | _IGNORED), n=1)
+            hint = f"; did you mean {known[0]}?" if known else ""
+            raise CheckpointError(
+                f"{path}: the setting {key!r} = {value!r} is not known here and may change the result{hint}"
+            )
+    _positive_number(config.get("r"), "r", path, whole=True)
+    _positive_number(config.get("lora_alpha"), "lora_alpha", path)
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        values = config.get(pattern) or {}
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: {pattern} must map module names to numbers, it is {values!r}")
+        for key, value in values.items():
+            _positive_number(value, f"{pattern}[{key!r}]", path, whole=pattern == "rank_pattern")
+            _compiled(key, path)
+    for key in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"):
+        if config.get(key) not in (None, True, False):
+            raise CheckpointError(f"{path}: {key} must be true or false, it is {config[key]!r}")
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
+        raise CheckpointError(f"{path}: bias must be none, all or lora_only, it is {config['bias']!r}")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise PlanError(
+            f"{path}: init_lora_weights {start!r} changed the base before the training, so base + adapter is not"
+            " the trained model; save the adapter again in the training with PEFT's save_pretrained("
+            "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
+        )
+
+
+def _positive_number(value: object, name: str, path: Path, *, whole: bool = False) -> None:
+    """Check type and range of a rank or an alpha."""
+    allowed = f"a whole number from 1 to {_MAX_RANK}" if whole else "a finite number above zero"
+    right_type = isinstance(value, int) if whole else isinstance(value, int | float)
+    if not right_type or isinstance(value, bool):
+        raise CheckpointError(f"{path}: {name} must be {allowed}, it is {value!r}")
+    assert isinstance(value, int | float)
+    if not (math.isfinite(value) and value > 0 and (not whole or value <= _MAX_RANK)):
+        raise CheckpointError(f"{path}: {name} must be {allowed}, it is {value!r}")
+
+
+# Letters, dots, classes and simple repeats: what people write in rank_pattern; nested repeats can take for ever.
+_HARMLESS = re.compile(r"[\w.\\|()\[\]^$*+?-]{1,1000}", re.ASCII)
+_NESTED_REPEAT = re.compile(r"[*+}]\s*\)[*+{?]|\([^)]*\|[^)]*\)[*+{]")
+
+
+def _compiled(key: str, path: Path) -> re.Pattern[str]:
+    """Compile a key of rank_pattern or alpha_pattern the way PEFT matches it."""
+    if not _HARMLESS.fullmatch(key) or _NESTED_REPEAT.search(key):
+        raise CheckpointError(f"{path}: the pattern {key!r} is not a simple regular expression; it is not tried")
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except re.error as error:
+        raise CheckpointError(f"{path}: the pattern {key!r} is no regular expression: {error}") from error
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float, path: Path) -> float:
+    """Give the value of the first pattern that matches the module's path, else the default (PEFT's rule)."""
+    for key, value in patterns.items():
+        if _compiled(key, path).match(module):
+            return value
+    return default
+
+
+def canonical_key(key: str) -> str:
+    """Strip what wrappers add to the name of an adapter's tensor: the PEFT prefix, FSDP, compile, DDP."""
+    for wrapper in _WRAPPERS:
+        key = key.replace(f".{wrapper}", ".").removeprefix(wrapper)
+    return key.removeprefix(_PREFIX)
+
+
+def _sort_tensors(
+    tensors: Mapping[str, Source], config: Mapping[str, Any], path: Path
+) -> tuple[dict[str, LowRank], dict[str, Source], dict[str, Source]]:
+    """Give each tensor of the file its meaning; pair A with B."""
+    if not tensors:
+        raise CheckpointError(f"{path}: no tensors in it; the adapter is empty")
+    sides: dict[str, dict[str, Source]] = {}
+    replaced: dict[str, Source] = {}
+    token_rows: dict[str, Source] = {}
+    for key, source in tensors.items():
+        if source.dtype not in FLOATS:
+            raise CheckpointError(f"{path}: {key!r} is {source.dtype}; adapters are {', '.join(FLOATS)}")
+        name = canonical_key(key)
+        if (match := _LOW_RANK.fullmatch(name)) is not None:
+            slot = match["side"] if match["what"] == "weight" else "bias"
+            _put(sides.setdefault(match["path"], {}), slot, source, key, path)
+        elif (match := _LOW_RANK_PLAIN.fullmatch(name)) is not None:
+            _put(sides.setdefault(match["path"], {}), match["what"], source, key, path)
+        elif (match := _TOKENS.fullmatch(name)) is not None:
+            _put(token_rows, match["path"], source, key, path)
+        elif "original_module." in name:
+            continue
+        else:
+            _put(replaced, _replaced_name(name, key, path), source, key, path)
+    low_rank = {module: _pair(module, found, config, path) for module, found in sides.items()}
+    return low_rank, replaced, token_rows
+
+
+def _put(slots: dict[str, Source], slot: str, source: Source, key: str, path: Path) -> None:
+    if slot in slots:
+        raise CheckpointError(f"{path}: {key!r} comes twice once wrappers are stripped; the file holds two adapters?")
+    slots[slot] = source
+
+
+def _replaced_name(name: str, key: str, path: Path) -> str:
+    """Name of the base's tensor that a tensor without low-rank part stands for."""
+    if re.search(r"(^|\.)(lora_|hada_|lokr_|ia3_|oft_|vera_|boft_)|\.lora_[ab]$", name) or name.startswith("lora_unet"):
+        raise CheckpointError(f"{path}: the tensor {key!r} is not one of PEFT's LoRA; {_PEFT_FALLBACK}")
+    if (match := _SAVED.fullmatch(name)) is not None:
+        return f"{match['path']}.{match['rest']}"
+    # The base's own bias or (resized) embedding under a LoRA layer; more than one hop is a mixture of experts.
+    if name.count(".base_layer.") > 1 or (
+        ".base_layer." in name and not name.endswith((".base_layer.bias", ".base_layer.weight"))
+    ):
+        raise PlanError(f"{path}: {key!r}: nested base layers are not built; {_PEFT_FALLBACK}")
+    return name.replace(".base_layer.", ".")
+
+
+def _pair(module: str, found: Mapping[str, Source], config: Mapping[str, Any], path: Path) -> LowRank:
+    """Check the matrices of one module and compute its scale."""
+    embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
+    a, b = (found.get(f"lora_embedding_{side}" if embedding else side) for side in "AB")
+    magnitude, bias = found.get("lora_magnitude_vector"), found.get("bias")
+    num_known = sum(side is not None for side in (a, b, magnitude, bias))
+    if a is None or b is None or len(found) != num_known:
+        raise CheckpointError(f"{path}: {module} has {', '.join(sorted(found))} only; A and B belong together")
+    for key, vector, what in (("use_dora", magnitude, "lora_magnitude_vector"), ("lora_bias", bias, "lora_B.bias")):
+        if bool(config.get(key)) != (vector is not None):
+            there = "is there" if vector is not None else "is missing"
+            raise CheckpointError(f"{path}: {module}: {what} {there}, but {CONFIG} says {key}: {config.get(key)}")
+        if vector is not None and vector.numel != b.shape[0]:
+            raise CheckpointError(f"{path}: {module}: {what} has {vector.numel} numbers for {b.shape[0]} rows")
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        hint = "; saved by ZeRO-3 or FSDP in pieces?" if len(a.shape) < 2 else ""
+        raise CheckpointError(
+            f"{path}: {module}: A is {a.shape} and B is {b.shape}; two dimensions each are allowed{hint}"
+        )
+    rank = a.shape[0]
+    if rank == 0 or b.shape[1] != rank:
+        raise CheckpointError(f"{path}: {module}: A {a.shape} and B {b.shape} do not share a rank")
+    stated = _by_pattern(config.get("rank_pattern") or {}, module, config["r"], path)
+    if stated != rank:
+        raise CheckpointError(f"{path}: {module} has rank {rank}, but {CONFIG} says {stated:g}")
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"], path)
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LowRank(module, a, b, scale, magnitude, bias, embedding)
+
+
+def _nearby(folder: Path) -> str:
+    """Name a folder below that looks like the adapter meant."""
+    found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    return f"; did you mean {folder / found[-1]}?" if found else ""

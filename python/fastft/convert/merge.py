@@ -1,0 +1,375 @@
+"""`fastft convert merge`: one folder of plain weights out of a base and its adapters.
+
+`plan` reads headers only and refuses everything that cannot be right; `execute` runs the plan into a staging folder,
+checks the result and puts it in place.
+"""
+
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastft import console, publish
+from fastft.convert.adapter import Adapter, read_adapter
+from fastft.convert.folder import Checkpoint, read_checkpoint
+from fastft.convert.model_config import ConfigEdits, edited_text
+from fastft.convert.names import Joined, TokenRows, join
+from fastft.convert.plan import (
+    Delta,
+    Dora,
+    Merge,
+    OutputTensor,
+    Part,
+    Rows,
+    Shard,
+    Shift,
+    into_shards,
+    natural_order,
+    taken_over,
+)
+from fastft.convert.sidefiles import copy_side_files, side_files
+from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
+from fastft.convert.source import DTYPES, FLOATS, Source, check_unchanged, read_bytes
+from fastft.convert.stream import write_shards
+from fastft.convert.target import check_target
+from fastft.convert.tied import Tied, find_tied
+from fastft.errors import PlanError, UsageError
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that a merge will do.
+
+    Attributes:
+        base: the folder that is merged into.
+        adapters: with the weight that multiplies each.
+        shards: the files of the result and the tensors in them.
+        changed: names of the tensors that an adapter changes.
+        edits: what becomes of config.json.
+        side_files: name in the result to the file to copy.
+        notes: what the user should know, a sentence each.
+    """
+
+    base: Checkpoint
+    adapters: tuple[tuple[Adapter, float], ...]
+    shards: tuple[Shard, ...]
+    changed: frozenset[str]
+    edits: ConfigEdits
+    side_files: Mapping[str, Path]
+    notes: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[OutputTensor, ...]:
+        return tuple(tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def as_table(self) -> str:
+        """Write the plan as text of 80 columns."""
+        from fastft.convert.plan_table import as_table
+
+        return as_table(self)
+
+    def as_json(self) -> str:
+        """Write the plan as JSON."""
+        from fastft.convert.plan_table import as_json
+
+        return as_json(self)
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return (self.base.folder, *(adapter.folder for adapter, _ in self.adapters))
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """How a merge went."""
+
+    folder: Path
+    num_bytes: int
+    duration_s: float
+    num_tensors: int
+    num_changed: int
+    num_checked: int
+    peak_memory_bytes: int
+
+    def line(self) -> str:
+        """Say it in one line."""
+        rate = self.num_bytes / max(self.duration_s, 1e-3)
+        return (
+            f"merged into {self.folder}: {readable(self.num_bytes)} in {self.duration_s:.1f} s ({readable(rate)}/s,"
+            f" {readable(self.peak_memory_bytes)} of memory), {self.num_changed} of {self.num_tensors} tensors"
+            f" changed, {self.num_checked} checked"
+        )
+
+
+def plan(
+    llm: Path,
+    adapters: Sequence[tuple[Path, float]],
+    *,
+    dtype: str = "auto",
+    max_shard_size_bytes: int = DEFAULT_MAX_SHARD_SIZE_BYTES,
+) -> MergePlan:
+    """Plan a merge; reads config files and headers, writes nothing.
+
+    Args:
+        llm: folder of the base model.
+        adapters: adapter folders, each with the weight that multiplies its update (1.0 is the plain merge); the
+            updates are summed before the one rounding.
+        dtype: auto (each tensor keeps the base's), bf16, fp16 or fp32 (all floating tensors).
+        max_shard_size_bytes: greedy limit of a file of the result.
+
+    Raises:
+        FileError, CheckpointError, PlanError: what is missing, broken, or cannot be merged right.
+    """
+    if not adapters:
+        raise UsageError("merge: no adapter given")
+    base = read_checkpoint(llm)
+    tied = find_tied(base.config, base.tensors)
+    read = tuple((read_adapter(folder), weight) for folder, weight in adapters)
+    joined = _summed([(adapter, join(adapter, base, tied, weight)) for adapter, weight in read])
+    tensors, untied = _output_tensors(base, joined, tied, output_dtype(dtype), read)
+    notes = [*_training_notes(read)]
+    if untied:
+        notes.append(
+            f"the head and the embedding shared one tensor and differ now: both are written"
+            f" (+{readable(base.tensors[tied.embedding].nbytes if tied else 0)}) and tie_word_embeddings becomes false"
+        )
+    edits = ConfigEdits(output_dtype(dtype), untied, _vocab_size(base, joined))
+    return MergePlan(
+        base,
+        read,
+        into_shards(sorted(tensors, key=lambda tensor: natural_order(tensor.name)), max_shard_size_bytes),
+        frozenset([*joined.deltas, *joined.replaced, *joined.token_rows, *joined.shifts]),
+        edits,
+        side_files(base.folder, [adapter.folder for adapter, _ in read]),
+        tuple(notes),
+    )
+
+
+def execute(plan: MergePlan, save_path: Path, *, force: bool = False) -> MergeReport:
+    """Run a plan: `save_path` holds the whole result afterwards, or is as it was before.
+
+    Args:
+        plan: from `plan`.
+        save_path: folder to be made.
+        force: replace it where it exists.
+
+    Raises:
+        PlanError, FileError: the target is not allowed, or there is no room.
+        CheckpointError: a value overflows or is not finite, an input changed, or the check of the result failed.
+    """
+    from fastft.convert.verify import check_sample
+
+    started = time.monotonic()
+    check_target(save_path, plan.sources, plan.num_bytes, force=force)
+    for note in plan.notes:
+        console.note(note)
+    with publish.staged(save_path, force=force) as stage:
+        write_shards(plan.shards, stage, "merging")
+        copy_side_files(dict(plan.side_files), stage)
+        (stage / "config.json").write_bytes(edited_text(plan.base.folder / "config.json", plan.base.config, plan.edits))
+        num_checked = check_sample(plan.tensors, stage)
+        check_unchanged(plan.base.fingerprints)
+        for adapter, _ in plan.adapters:
+            check_unchanged(adapter.fingerprints)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return MergeReport(
+        save_path,
+        plan.num_bytes,
+        time.monotonic() - started,
+        len(plan.tensors),
+        len(plan.changed),
+        num_checked,
+        peak,
+    )
+
+
+def output_dtype(dtype: str) -> str | None:
+    """Read `--dtype`: None is auto.
+
+    Raises:
+        UsageError: another word.
+    """
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is not allowed; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def planned_tensors(
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str | None
+) -> list[OutputTensor]:
+    """Plan the tensors only, in the order of the base's files; for `verify`."""
+    tied = find_tied(base.config, base.tensors)
+    joined = _summed([(adapter, join(adapter, base, tied, weight)) for adapter, weight in adapters])
+    return _output_tensors(base, joined, tied, dtype, adapters)[0]
+
+
+def _summed(parts: Sequence[tuple[Adapter, Joined]]) -> Joined:
+    """Put what several adapters do into one."""
+    total = Joined()
+    for adapter, part in parts:
+        for name, deltas in part.deltas.items():
+            known = total.deltas.setdefault(name, [])
+            if known and any(delta.magnitude is not None for delta in (*known, *deltas)):
+                raise PlanError(f"{adapter.folder}: {name!r} is changed by two adapters, one of them DoRA; merge one")
+            known.extend(deltas)
+        for name, addends in part.shifts.items():
+            total.shifts.setdefault(name, []).extend(addends)
+        for name in [*part.replaced, *part.token_rows]:
+            if name in total.replaced or name in total.token_rows:
+                raise PlanError(f"{adapter.folder}: replaces {name!r}, which another adapter replaces too; merge one")
+        total.replaced.update(part.replaced)
+        total.token_rows.update(part.token_rows)
+    for name in total.token_rows:
+        if name in total.deltas or name in total.replaced:
+            raise PlanError(f"{name!r}: gets new token rows and another update at once; that is not built")
+    return total
+
+
+def _output_tensors(
+    base: Checkpoint,
+    joined: Joined,
+    tied: Tied | None,
+    dtype: str | None,
+    adapters: Sequence[tuple[Adapter, float]],
+) -> tuple[list[OutputTensor], bool]:
+    """Plan each tensor of the base exactly once; a tied head becomes a tensor where it differs from the embedding."""
+    tensors = [
+        _output_tensor(name, source, joined, dtype)
+        for name, source in base.tensors.items()
+        if tied is None or name != tied.head
+    ]
+    if tied is None:
+        return tensors, False
+    touched = {*joined.deltas, *joined.replaced} & {tied.embedding, tied.head}
+    if not touched or _same_update(joined, tied, adapters):
+        rest = base.tensors.get(tied.head)
+        if rest is None or touched:
+            return tensors, False
+        return [*tensors, _output_tensor(tied.head, rest, joined, dtype)], False
+    if tied.head in base.tensors and _differ(base.tensors[tied.head], base.tensors[tied.embedding]):
+        raise PlanError(
+            f"{base.folder}: config.json ties {tied.head!r} to {tied.embedding!r}, but the files hold two different"
+            " tensors; set tie_word_embeddings to what is true"
+        )
+    head = _output_tensor(tied.head, base.tensors[tied.embedding], joined, dtype)
+    embedding_rows = next(tensor.shape[0] for tensor in tensors if tensor.name == tied.embedding)
+    if head.shape[0] != embedding_rows:
+        raise PlanError(
+            f"the adapter gives the embedding {embedding_rows} rows, and the head that was tied to it"
+            f" {head.shape[0]}; save both from the training"
+        )
+    return [*tensors, head], True
+
+
+def _output_tensor(name: str, source: Source, joined: Joined, dtype: str | None) -> OutputTensor:
+    """Plan one tensor of the base."""
+    kept_dtype = source.dtype if dtype is None or source.dtype not in FLOATS else dtype
+    source_or_new = joined.replaced.get(name, source)
+    deltas = joined.deltas.get(name)
+    rows = joined.token_rows.get(name)
+    if (deltas or rows or name in joined.replaced or name in joined.shifts) and source.dtype not in FLOATS:
+        raise PlanError(f"{name!r} of the base is {source.dtype}; only {', '.join(FLOATS)} can be changed")
+    if deltas:
+        dora = any(delta.magnitude is not None for delta in deltas)
+        operation = (Dora if dora else Merge)(source_or_new, tuple(deltas))
+        return OutputTensor(name, kept_dtype, source_or_new.shape, operation)
+    if name in joined.shifts:
+        return OutputTensor(name, kept_dtype, source_or_new.shape, Shift(source_or_new, tuple(joined.shifts[name])))
+    if rows is not None:
+        return OutputTensor(name, kept_dtype, source.shape, _with_rows(source, rows))
+    return taken_over(name, source_or_new, dtype if name not in joined.replaced else kept_dtype)
+
+
+def _with_rows(source: Source, new: TokenRows) -> Rows:
+    """Gather a table of which some rows come from elsewhere."""
+    parts: list[Part] = []
+    position = 0
+    for row, place in sorted((row, place) for place, row in enumerate(new.indices)):
+        if row > position:
+            parts.append(Part(source, position, row - position))
+        parts.append(Part(new.source, place, 1))
+        position = row + 1
+    if position < source.shape[0]:
+        parts.append(Part(source, position, source.shape[0] - position))
+    return Rows(tuple(parts))
+
+
+def _same_update(joined: Joined, tied: Tied, adapters: Sequence[tuple[Adapter, float]]) -> bool:
+    """Tell whether embedding and head stay equal: both replaced by the same bytes, or tied in the training."""
+    names = (tied.embedding, tied.head)
+    if any((name in joined.replaced) != (tied.embedding in joined.replaced) for name in names):
+        return False
+    if tied.embedding in joined.replaced and _differ(joined.replaced[tied.embedding], joined.replaced[tied.head]):
+        return False
+    on_embedding, on_head = (joined.deltas.get(name, []) for name in names)
+    if len(on_embedding) != len(on_head):
+        return False
+    if not on_embedding:
+        return True
+    if not any(adapter.config.get("ensure_weight_tying") for adapter, _ in adapters):
+        return False
+    return all(_same_delta(one, other) for one, other in zip(on_embedding, on_head, strict=True))
+
+
+def _same_delta(embedding: Delta, head: Delta) -> bool:
+    """Tell whether the transposed product of one equals the product of the other, factor by factor."""
+    import numpy as np
+
+    from fastft.convert.numbers import as_float32
+
+    if not embedding.transposed or head.transposed or embedding.scale != head.scale:
+        return False
+    same = [
+        np.array_equal(as_float32(read_bytes(one), one), as_float32(read_bytes(other), other).T)
+        if one.shape == other.shape[::-1]
+        else False
+        for one, other in ((embedding.b, head.a), (embedding.a, head.b))
+    ]
+    return all(same)
+
+
+def _differ(one: Source, other: Source) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return True
+    step = 16 * 1024 * 1024
+    return any(
+        read_bytes(one, start, min(step, one.nbytes - start)) != read_bytes(other, start, min(step, one.nbytes - start))
+        for start in range(0, one.nbytes, step)
+    )
+
+
+def _vocab_size(base: Checkpoint, joined: Joined) -> int | None:
+    """Give the new number of rows where an adapter brings a resized embedding."""
+    sizes = {
+        source.shape[0]
+        for name, source in joined.replaced.items()
+        if len(source.shape) == 2 and name in base.tensors and source.shape[0] != base.tensors[name].shape[0]
+    }
+    if len(sizes) > 1:
+        raise PlanError(f"the adapter gives embedding and head different numbers of rows: {sorted(sizes)}")
+    return sizes.pop() if sizes else None
+
+
+def _training_notes(adapters: Sequence[tuple[Adapter, float]]) -> list[str]:
+    """Say what the sidecar of a training tells about the right base."""
+    notes = []
+    for adapter, _ in adapters:
+        quantization = (adapter.training or {}).get("quantization")
+        if quantization:
+            notes.append(
+                f"{adapter.folder.name} was trained on a {_kind(quantization)} copy of the base (QLoRA); it is merged"
+                " onto the weights as they are in the base folder, which is the usual way"
+            )
+    return notes
+
+
+def _kind(quantization: object) -> str:
+    kind = quantization.get("type") or quantization.get("quant_type") if isinstance(quantization, dict) else None
+    return str(kind or "quantized")

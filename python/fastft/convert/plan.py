@@ -1,0 +1,246 @@
+"""What a conversion writes, as plain data: for each output tensor its name, dtype, shape and how it is made.
+
+Built by merge, pth and layout; printed by plan_table; run by stream, which hands it to the native code as JSON.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from fastft import _native
+from fastft.convert.folder import INDEX, SINGLE
+from fastft.convert.source import FLOATS, Source, num_bytes
+from fastft.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The bytes as they are."""
+
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The same numbers in the output's dtype, rounded to nearest even."""
+
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows `start` to `start + count` of a tensor."""
+
+    source: Source
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows (dimension 0) gathered from one or more tensors, in order."""
+
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A low-rank update scale * B A.
+
+    Attributes:
+        a: (rank, in).
+        b: (out, rank).
+        scale: multiplies the product, in f32.
+        transposed: the weight is stored as (in, out), the transposed product is added.
+        rows: (row of the weight, row of the product, count) where the weight fuses several projections; None: all.
+        magnitude: (out,), DoRA's norm of each row of the updated weight; None without DoRA.
+    """
+
+    a: Source
+    b: Source
+    scale: float
+    transposed: bool = False
+    rows: tuple[tuple[int, int, int], ...] | None = None
+    magnitude: Source | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """f32(W) plus the sum of the deltas, rounded once."""
+
+    source: Source
+    deltas: tuple[Delta, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dora:
+    """W + D with each row scaled to its trained magnitude (each column where the delta is transposed).
+
+    Where a delta names rows, only those are scaled; rows belong to one delta.
+    """
+
+    source: Source
+    deltas: tuple[Delta, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Addend:
+    """A vector that is added to a bias: scale * source, on rows as in `Delta`."""
+
+    source: Source
+    scale: float
+    rows: tuple[tuple[int, int, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """f32(b) plus the sum of vectors, rounded once."""
+
+    source: Source
+    addends: tuple[Addend, ...]
+
+
+Operation = Copy | Cast | Rows | Merge | Dora | Shift
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the result."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    operation: Operation
+
+    @property
+    def nbytes(self) -> int:
+        return num_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of the result."""
+
+    file_name: str
+    tensors: tuple[OutputTensor, ...]
+
+
+def taken_over(name: str, source: Source, dtype: str | None) -> OutputTensor:
+    """A tensor that keeps its values: copied, or cast when `dtype` is another floating dtype.
+
+    Raises:
+        PlanError: a floating dtype that cannot be cast (F64, F8).
+    """
+    if dtype is None or dtype == source.dtype or source.dtype[0] not in "FB" or source.dtype == "BOOL":
+        return OutputTensor(name, source.dtype, source.shape, Copy(source))
+    if source.dtype not in FLOATS:
+        raise PlanError(f"tensor {name!r}: {source.dtype} cannot be cast to {dtype}; use --dtype auto to keep it")
+    return OutputTensor(name, dtype, source.shape, Cast(source))
+
+
+def into_shards(tensors: Sequence[OutputTensor], max_shard_size_bytes: int, single: str = SINGLE) -> tuple[Shard, ...]:
+    """Distribute tensors over files as huggingface_hub does: greedy, in order.
+
+    One file is called `single`; more are called `model-00001-of-0000N.safetensors`.
+    """
+    groups = _native.split_into_shards([tensor.nbytes for tensor in tensors], max_shard_size_bytes)
+    if len(groups) <= 1:
+        return (Shard(single, tuple(tensors)),)
+    stem = single.removesuffix(".safetensors")
+    return tuple(
+        Shard(f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors", tuple(tensors[index] for index in group))
+        for number, group in enumerate(groups, 1)
+    )
+
+
+def index_text(shards: Sequence[Shard]) -> str:
+    """Write the index of a sharded checkpoint, the very text of huggingface_hub 2.4 (spec/formats.md 6.1)."""
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    index = {
+        "metadata": {
+            "total_parameters": sum(prod(tensor.shape) for tensor in tensors),
+            "total_size": sum(tensor.nbytes for tensor in tensors),
+        },
+        "weight_map": {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors},
+    }
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def index_name(single: str = SINGLE) -> str:
+    """Name of the index that belongs to shards of `single`."""
+    return INDEX if single == SINGLE else f"{single}.index.json"
+
+
+def is_computed(operation: Operation) -> bool:
+    """Tell whether `computed` makes the tensor, because the native stream has no such arithmetic."""
+    return isinstance(operation, Dora | Shift)
+
+
+def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts layer 2 before layer 10."""
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split("."))
+
+
+def native_json(shards: Iterable[Shard], folder: Path) -> str:
+    """Write the plan as `_native.run_plan` reads it, with the files to be written in `folder`."""
+    files: dict[str, int] = {}
+
+    def side(source: Source) -> dict[str, Any]:
+        number = files.setdefault(str(source.file), len(files))
+        return {"file": number, "offset": source.offset, "dtype": source.dtype, "shape": source.shape}
+
+    plan = [
+        {
+            "path": str(folder / shard.file_name),
+            "metadata": {"format": "pt"},
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "dtype": tensor.dtype,
+                    "shape": tensor.shape,
+                    "op": _operation(tensor, side),
+                }
+                for tensor in shard.tensors
+            ],
+        }
+        for shard in shards
+    ]
+    return json.dumps({"files": list(files), "shards": plan})
+
+
+def _operation(tensor: OutputTensor, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
+    match tensor.operation:
+        case Copy(source):
+            return {"kind": "copy", "source": side(source)}
+        case Cast(source):
+            return {"kind": "cast", "source": side(source)}
+        case Rows(parts):
+            return {
+                "kind": "rows",
+                "parts": [{"source": side(part.source), "start": part.start, "count": part.count} for part in parts],
+            }
+        case Dora(source) | Shift(source):
+            # The base for now; `computed` writes over it.
+            return {"kind": "copy" if source.dtype == tensor.dtype else "cast", "source": side(source)}
+        case Merge(source, deltas):
+            return {
+                "kind": "merge",
+                "source": side(source),
+                "deltas": [
+                    {
+                        "a": side(delta.a),
+                        "b": side(delta.b),
+                        "scale": delta.scale,
+                        "transposed": delta.transposed,
+                        "rows": delta.rows,
+                    }
+                    for delta in deltas
+                ],
+            }

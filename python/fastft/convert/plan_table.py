@@ -1,0 +1,130 @@
+"""How a plan is shown: a table of at most 80 columns, and JSON for other programs."""
+
+import json
+from typing import TYPE_CHECKING
+
+from fastft.convert.plan import Cast, Copy, Dora, Merge, OutputTensor, Rows, Shard, Shift
+from fastft.convert.size import readable
+
+if TYPE_CHECKING:
+    from fastft.convert.merge import MergePlan
+
+_WIDTH = 80
+_DTYPE_WORDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+def as_table(plan: "MergePlan") -> str:
+    """Write a merge plan as text: a line per tensor, then the totals and what should be known."""
+    lines = [f"base     {plan.base.folder}"]
+    for adapter, weight in plan.adapters:
+        lines.append(f"adapter  {adapter.folder}" + (f"  x {weight:g}" if weight != 1.0 else ""))
+    lines += ["", _row("tensor", "shape", "dtype", "what", "in"), "-" * _WIDTH]
+    num_shards = len(plan.shards)
+    for number, shard in enumerate(plan.shards, 1):
+        lines += [_tensor_row(tensor, number) for tensor in shard.tensors]
+    lines += ["-" * _WIDTH]
+    lines.append(
+        f"{len(plan.tensors)} tensors, {len(plan.changed)} changed, {readable(plan.num_bytes)} in {num_shards}"
+        f" file{'s' if num_shards > 1 else ''}"
+    )
+    lines.append("with it: config.json" + "".join(f", {name}" for name in plan.side_files))
+    if plan.edits.dtype is not None:
+        lines.append(f"config.json: dtype becomes {plan.edits.dtype}")
+    if plan.edits.vocab_size is not None:
+        lines.append(f"config.json: vocab_size becomes {plan.edits.vocab_size}")
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def as_json(plan: "MergePlan") -> str:
+    """Write a merge plan as JSON."""
+    return json.dumps(
+        {
+            "base": str(plan.base.folder),
+            "adapters": [{"folder": str(adapter.folder), "weight": weight} for adapter, weight in plan.adapters],
+            "total_bytes": plan.num_bytes,
+            "num_tensors": len(plan.tensors),
+            "num_changed": len(plan.changed),
+            "files": [_shard(shard) for shard in plan.shards],
+            "side_files": {name: str(path) for name, path in plan.side_files.items()},
+            "config": {
+                "dtype": plan.edits.dtype,
+                "untied": plan.edits.untied,
+                "vocab_size": plan.edits.vocab_size,
+            },
+            "notes": list(plan.notes),
+        },
+        indent=2,
+    )
+
+
+def _shard(shard: Shard) -> dict[str, object]:
+    return {
+        "name": shard.file_name,
+        "bytes": sum(tensor.nbytes for tensor in shard.tensors),
+        "tensors": [
+            {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), **_operation(tensor)}
+            for tensor in shard.tensors
+        ],
+    }
+
+
+def _operation(tensor: OutputTensor) -> dict[str, object]:
+    match tensor.operation:
+        case Copy(source):
+            return {"operation": "copy", "from": str(source.file)}
+        case Cast(source):
+            return {"operation": "cast", "from": str(source.file), "from_dtype": source.dtype}
+        case Rows(parts):
+            return {"operation": "rows", "from": sorted({str(part.source.file) for part in parts})}
+        case Shift(source, addends):
+            return {
+                "operation": "shift",
+                "from": str(source.file),
+                "updates": [{"from": str(addend.source.file), "scale": addend.scale} for addend in addends],
+            }
+        case Merge(source, deltas) | Dora(source, deltas):
+            return {
+                "operation": "dora" if isinstance(tensor.operation, Dora) else "merge",
+                "from": str(source.file),
+                "updates": [
+                    {
+                        "from": str(delta.a.file),
+                        "rank": delta.rank,
+                        "scale": delta.scale,
+                        "transposed": delta.transposed,
+                        "rows": None if delta.rows is None else sum(count for _, _, count in delta.rows),
+                    }
+                    for delta in deltas
+                ],
+            }
+
+
+def _tensor_row(tensor: OutputTensor, number: int) -> str:
+    shape = "x".join(str(size) for size in tensor.shape) or "scalar"
+    return _row(tensor.name, shape, _DTYPE_WORDS.get(tensor.dtype, tensor.dtype.lower()), _what(tensor), str(number))
+
+
+def _what(tensor: OutputTensor) -> str:
+    """Say the operation in at most 17 signs: `+ r=8 s=2`, `copy`, `cast`, `rows of 3`."""
+    match tensor.operation:
+        case Copy():
+            return "copy"
+        case Cast(source):
+            return f"from {_DTYPE_WORDS.get(source.dtype, source.dtype)}"
+        case Rows(parts):
+            return f"rows of {len({part.source for part in parts})}"
+        case Shift():
+            return "+ bias of lora_B"
+        case Dora(_, deltas):
+            return f"dora r={deltas[0].rank} s={deltas[0].scale:.4g}"
+        case Merge(_, deltas):
+            if len(deltas) == 1:
+                return f"+ r={deltas[0].rank} s={deltas[0].scale:.4g}"
+            return f"+ {len(deltas)} updates r={sum(delta.rank for delta in deltas)}"
+
+
+def _row(name: str, shape: str, dtype: str, what: str, file: str) -> str:
+    if len(name) > 38:
+        name = f"~{name[-37:]}"
+    return f"{name:<38} {shape:>13} {dtype:<5} {what:<17} {file:>3}".rstrip()

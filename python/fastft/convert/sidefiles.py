@@ -1,0 +1,95 @@
+"""The small files of a model folder that travel with its weights: tokenizer, templates, processors, code, licence.
+
+Those of the adapter's folder win over the base's, because a training saves the tokenizer it used there
+(spec/formats.md 6.3). config.json is not among them: it is edited by `model_config`.
+"""
+
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from fastft.convert.json_file import read_object
+from fastft.errors import FileError
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+)
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+_PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
+_BASE_ONLY = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "modules.json")
+# Settings over a tokenizer's own; stale beside a tokenizer that the training saved.
+_OVERLAYS = ("special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def side_files(base: Path, winners: Sequence[Path] = ()) -> dict[str, Path]:
+    """Choose the side files of a new model folder.
+
+    Args:
+        base: the model's folder.
+        winners: folders whose tokenizer, template and processor files win, the first one most.
+
+    Returns:
+        Name in the new folder to the file (or folder of templates) to copy.
+    """
+    chosen = _matching(base, (*_TOKENIZER, *_TEMPLATES, *_PROCESSORS, *_BASE_ONLY))
+    for winner in reversed(winners):
+        own = _matching(winner, (*_TOKENIZER, *_TEMPLATES, *_PROCESSORS))
+        if _has_template(own):
+            chosen = {name: path for name, path in chosen.items() if name not in _TEMPLATES}
+        if _TOKENIZER_CONFIG in own:
+            chosen = {name: path for name, path in chosen.items() if name not in _OVERLAYS}
+        chosen |= own
+    return dict(sorted(chosen.items()))
+
+
+def copy_side_files(chosen: dict[str, Path], folder: Path) -> None:
+    """Copy side files into a new folder; links are followed, rights and times are not carried over.
+
+    Raises:
+        FileError: a file cannot be read or written.
+    """
+    for name, path in chosen.items():
+        try:
+            if path.is_dir():
+                (folder / name).mkdir()
+                copy_side_files({child.name: child for child in sorted(path.iterdir())}, folder / name)
+            elif path.is_file():
+                shutil.copyfile(path, folder / name)
+            else:
+                raise FileError(f"{path}: not a regular file; it cannot be copied")
+        except OSError as error:
+            if isinstance(error, FileError):
+                raise
+            raise FileError(f"{path}: cannot be copied to {folder / name}: {error.strerror}") from error
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    return {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if any(fnmatchcase(path.name, pattern) for pattern in patterns)
+    }
+
+
+def _has_template(files: dict[str, Path]) -> bool:
+    """Tell whether the files bring a chat template of their own, as a file or inside tokenizer_config.json."""
+    if any(name in files for name in _TEMPLATES):
+        return True
+    return _TOKENIZER_CONFIG in files and bool(read_object(files[_TOKENIZER_CONFIG]).get("chat_template"))

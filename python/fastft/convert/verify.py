@@ -1,0 +1,237 @@
+"""Is a merged folder base + adapter? Every tensor is computed again, in numpy, and compared.
+
+`verify` does it for a whole folder; `check_sample` is the look that `merge` takes at its own result before it is put
+in place (all rows of small models, some rows of each tensor of large ones). The arithmetic here shares no code with
+the native stream.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fastft import console
+from fastft.convert.adapter import read_adapter
+from fastft.convert.arithmetic import BLOCK_ELEMENTS, Arithmetic, row_bytes
+from fastft.convert.folder import existing_folder, read_checkpoint, read_weights
+from fastft.convert.merge import planned_tensors
+from fastft.convert.numbers import bits_of, rounded, ulp_distance, values_of
+from fastft.convert.plan import Cast, Copy, OutputTensor
+from fastft.convert.source import FLOATS, Source, read_bytes
+from fastft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Float32 = NDArray[np.float32]
+    Bits = NDArray[np.uint16] | NDArray[np.uint32]
+
+Status = Literal["equal", "rounding", "off", "base", "missing", "unexpected", "shape", "dtype"]
+GOOD: tuple[Status, ...] = ("equal", "rounding")
+_MEANING: dict[Status, str] = {
+    "equal": "bit for bit what base + adapter gives",
+    "rounding": "within what the order of the sum explains",
+    "off": "other values",
+    "base": "equal to the base, though an adapter targets it",
+    "missing": "not in the merged folder",
+    "unexpected": "in the merged folder only",
+    "shape": "another shape",
+    "dtype": "not a floating dtype that can be compared",
+}
+# Up to this size `merge` looks at every row of its result.
+_CHECK_ALL_BYTES = 64 * 1024 * 1024
+_SAMPLED_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCheck:
+    """What was found out about one tensor.
+
+    Attributes:
+        name: of the tensor.
+        status: see `_MEANING`.
+        targeted: an adapter changes it.
+        num_off: elements that differ from the expected bits.
+        max_ulp: largest difference in units of the last place.
+    """
+
+    name: str
+    status: Status
+    targeted: bool = False
+    num_off: int = 0
+    max_ulp: int = 0
+
+    @property
+    def good(self) -> bool:
+        return self.status in GOOD
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The outcome for a folder; `good` decides the exit code."""
+
+    merged: Path
+    checks: tuple[TensorCheck, ...]
+
+    @property
+    def good(self) -> bool:
+        return all(check.good for check in self.checks)
+
+    def text(self) -> str:
+        """Say it in some lines, at most ten names for each kind of fault."""
+        targeted = sum(check.targeted for check in self.checks)
+        lines = [f"{self.merged}: {len(self.checks)} tensors, {targeted} of them targeted by an adapter"]
+        for status, meaning in _MEANING.items():
+            found = [check for check in self.checks if check.status == status]
+            if not found:
+                continue
+            lines.append(f"  {len(found):5} {status}: {meaning}")
+            if status == "rounding":
+                lines[-1] += f" (at most {max(check.max_ulp for check in found)} ulp)"
+            if status in GOOD:
+                continue
+            for check in found[:10]:
+                ulp = f" ({check.num_off} elements, up to {check.max_ulp} ulp)" if check.num_off else ""
+                lines.append(f"        {check.name}{ulp}")
+            if len(found) > 10:
+                lines.append(f"        and {len(found) - 10} more")
+        lines.append("right: it is base + adapter" if self.good else "WRONG: it is not base + adapter")
+        return "\n".join(lines)
+
+
+def verify(merged: Path, base: Path, adapters: Sequence[tuple[Path, float]]) -> VerifyReport:
+    """Compute every tensor of `merged` again from the base and the adapters, and compare.
+
+    The dtypes of `merged` are taken as they are: a merge with `--dtype fp16` is compared in fp16.
+
+    Raises:
+        FileError, CheckpointError, PlanError: one of the folders cannot be read, or they do not fit together.
+    """
+    merged = existing_folder(merged, "the merged model")
+    written, _ = read_weights(merged)
+    planned = planned_tensors(
+        read_checkpoint(base), [(read_adapter(folder), weight) for folder, weight in adapters], None
+    )
+    checks: list[TensorCheck] = []
+    total = sum(tensor.nbytes for tensor in planned)
+    done = 0
+    with console.progress("verifying", total, "B") as advance:
+        for tensor in planned:
+            checks.append(_check_tensor(tensor, written.get(tensor.name), None))
+            done += tensor.nbytes
+            advance(done)
+    names = {tensor.name for tensor in planned}
+    checks += [TensorCheck(name, "unexpected") for name in written if name not in names]
+    return VerifyReport(merged, tuple(checks))
+
+
+def check_sample(tensors: Sequence[OutputTensor], folder: Path) -> int:
+    """Recompute some rows of each tensor of a new folder (all of a small one).
+
+    Returns:
+        The number of tensors that were looked at.
+
+    Raises:
+        CheckpointError: a tensor is not what was planned.
+    """
+    written, _ = read_weights(folder)
+    num_rows = None if sum(tensor.nbytes for tensor in tensors) <= _CHECK_ALL_BYTES else _SAMPLED_ROWS
+    for tensor in tensors:
+        check = _check_tensor(tensor, written.get(tensor.name), num_rows)
+        if not check.good:
+            raise CheckpointError(
+                f"the result is not put in place: its tensor {tensor.name!r} is {check.status}"
+                f" ({_MEANING[check.status]}); this is a bug of fastft or a failing disk"
+            )
+    return len(tensors)
+
+
+def _check_tensor(tensor: OutputTensor, written: Source | None, num_rows: int | None) -> TensorCheck:
+    """Compare one tensor with its plan; `num_rows` rows at the start, in the middle and at the end, or all."""
+    targeted = not isinstance(tensor.operation, Copy | Cast)
+    if written is None:
+        return TensorCheck(tensor.name, "missing", targeted)
+    if written.shape != tensor.shape:
+        return TensorCheck(tensor.name, "shape", targeted)
+    if tensor.dtype not in FLOATS or written.dtype not in FLOATS:
+        same = tensor.dtype == written.dtype and _same_bytes(tensor, written)
+        return TensorCheck(tensor.name, "equal" if same else "dtype" if tensor.dtype != written.dtype else "off")
+    return _check_floats(tensor, written, num_rows, targeted=targeted)
+
+
+def _check_floats(tensor: OutputTensor, written: Source, num_rows: int | None, *, targeted: bool) -> TensorCheck:
+    import numpy as np
+
+    arithmetic = Arithmetic(tensor.operation)
+    num_off = max_ulp = 0
+    explained, as_base, base_expected = True, targeted, True
+    for start, count in _blocks(written.shape, num_rows):
+        got = bits_of(row_bytes(written, start, count), written.dtype)
+        exact = arithmetic.rows(start, count)
+        expected = rounded(exact, written.dtype).reshape(-1)
+        differing = (expected != got) & ~(np.isnan(exact.reshape(-1)) & _is_nan(got, written.dtype))
+        if differing.any():
+            num_off += int(differing.sum())
+            max_ulp = max(max_ulp, int(ulp_distance(expected[differing], got[differing]).max()))
+            bound = arithmetic.error_bound(start, count)
+            explained = explained and bound is not None and _within(exact - bound, exact + bound, got, written.dtype)
+        base = arithmetic.base_rows(start, count) if as_base else None
+        if base is not None:
+            base_bits = rounded(base, written.dtype).reshape(-1)
+            as_base = bool(np.array_equal(base_bits, got))
+            base_expected = base_expected and bool(np.array_equal(base_bits, expected))
+    if num_off == 0:
+        return TensorCheck(tensor.name, "equal", targeted)
+    status: Status = "rounding" if explained else "base" if as_base and not base_expected else "off"
+    return TensorCheck(tensor.name, status, targeted, num_off, max_ulp)
+
+
+def _blocks(shape: tuple[int, ...], num_rows: int | None) -> Iterator[tuple[int, int]]:
+    """Give (first row, number of rows) of the blocks to compare; a scalar is one row."""
+    rows = shape[0] if shape else 1
+    step = max(1, BLOCK_ELEMENTS // max(1, prod(shape[1:])))
+    if num_rows is None or rows <= 3 * num_rows:
+        yield from ((start, min(step, rows - start)) for start in range(0, rows, step))
+        return
+    for start in (0, (rows - num_rows) // 2, rows - num_rows):
+        yield start, min(step, num_rows)
+
+
+def _within(low: "Float32", high: "Float32", got: "Bits", dtype: str) -> bool:
+    """Tell whether what was found lies between two bounds, rounded as it was."""
+    import numpy as np
+
+    low, high = (values_of(rounded(edge, dtype).reshape(-1), dtype) for edge in (low, high))
+    found = values_of(got, dtype)
+    return bool(np.all((low <= found) & (found <= high)))
+
+
+def _is_nan(bits: "Bits", dtype: str) -> "NDArray[np.bool_]":
+    import numpy as np
+
+    exponent, sign_free = {
+        "F32": (0x7F800000, 0x7FFFFFFF),
+        "F16": (0x7C00, 0x7FFF),
+        "BF16": (0x7F80, 0x7FFF),
+    }[dtype]
+    found: NDArray[np.bool_] = (bits & np.array(sign_free, bits.dtype)) > exponent
+    return found
+
+
+def _same_bytes(tensor: OutputTensor, written: Source) -> bool:
+    if not isinstance(tensor.operation, Copy):
+        return False
+    step = BLOCK_ELEMENTS
+    source = tensor.operation.source
+    return all(
+        read_bytes(source, start, min(step, source.nbytes - start))
+        == read_bytes(written, start, min(step, source.nbytes - start))
+        for start in range(0, source.nbytes, step)
+    )
+
+
+def summary(report: VerifyReport) -> Mapping[str, int]:
+    """Count the tensors by status, for `--json`."""
+    return {status: sum(check.status == status for check in report.checks) for status in _MEANING}

@@ -1,0 +1,236 @@
+"""Rows from files, folders and hub data sets, each with the place it came from.
+
+Reads json (an array, an object that holds one, or one value per line), jsonl, parquet, csv and txt, each also as .gz,
+as UTF-8 with or without a byte order mark. A txt file is one row with the single column `text`: its documents are not
+guessed at, packing cuts it where max_length demands. Rows go to `formats`. Everything is read as a stream, except a
+json array, which has to be parsed whole.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastft.data.dialogue import Where
+from fastft.errors import DataError, FileError, HubError
+
+KINDS = ("json", "jsonl", "parquet", "csv", "txt")
+# An object with one of these keys is a row by itself; any other object must hold one list of rows.
+ROW_KEYS = frozenset({"messages", "conversations", "conversation", "instruction", "text"})
+# Long documents stand in single csv fields; the csv module's own limit is 128 KiB.
+CSV_FIELD_LIMIT = 2**31 - 1
+
+
+class HubDataset(Protocol):
+    """A data set on a hub, as `hub.locate.dataset` describes it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def subset(self) -> str | None: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it stands in its file: a mapping of columns, or a bare list of messages."""
+
+    value: Any
+    where: Where
+    share: float  # part of the file that is read with this row, 0 to 1; moves the progress bar
+
+
+def files(path: Path) -> list[Path]:
+    """The files of rows at `path`: itself, or all below a folder, sorted by path.
+
+    Hidden files and files of other kinds in a folder are left alone (README, images).
+
+    Raises:
+        FileError: nothing is there.
+        DataError: a file of an unknown kind, or a folder without any file of rows.
+    """
+    if path.is_dir():
+        found = sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file() and kind(file) and not any(p.startswith(".") for p in file.relative_to(path).parts)
+        )
+        if not found:
+            raise DataError(
+                f"data {path}: no file of rows in this folder; known are {', '.join(KINDS)} and these as .gz"
+            )
+        return found
+    if not path.exists():
+        raise FileError(f"data {path}: no such file or folder")
+    if kind(path) is None:
+        raise DataError(f"data {path}: unknown kind of file; known are {', '.join(KINDS)} and these as .gz")
+    return [path]
+
+
+def kind(path: Path) -> str | None:
+    """Which of `KINDS` a file is by its name (`a.json.gz` is json), or None."""
+    suffixes = [suffix.lower().lstrip(".") for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == "gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """The rows of one file, in order.
+
+    Raises:
+        DataError: broken JSON, csv, parquet or UTF-8, with the line.
+        FileError: the file cannot be opened.
+    """
+    readers = {"json": _json, "jsonl": _jsonl, "parquet": _parquet, "csv": _csv, "txt": _txt}
+    chosen = kind(path)
+    if chosen is None:
+        raise DataError(f"data {path}: unknown kind of file; known are {', '.join(KINDS)} and these as .gz")
+    try:
+        yield from readers[chosen](path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"data {path}: not a whole gzip file ({error})") from error
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"data {path}: cannot be read ({error.strerror or error})") from error
+
+
+def hub_rows(dataset: HubDataset) -> Iterator[Row]:
+    """The rows of a data set on the Hugging Face hub (or in its cache), through `datasets`.
+
+    Raises:
+        HubError: the data set cannot be had.
+    """
+    import datasets
+
+    name = dataset.id if dataset.subset is None else f"{dataset.id} ({dataset.subset})"
+    try:
+        table = datasets.load_dataset(dataset.id, dataset.subset, split=dataset.split, revision=dataset.revision)
+    except Exception as error:  # load_dataset raises dozens of kinds; each means that there is no such data set
+        raise HubError(f"data set {name}, split {dataset.split}: {error}") from error
+    for index, value in enumerate(table):
+        yield Row(value, Where(f"{name}/{dataset.split}", index + 1), (index + 1) / len(table))
+
+
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _text(path: Path) -> str:
+    with _open(path) as stream:
+        return _decode(stream.read(), path, 1)
+
+
+def _decode(raw: bytes, path: Path, first_line: int) -> str:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + raw.count(b"\n", 0, error.start)
+        raise DataError(
+            f"data {path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from error
+    return text.removeprefix("\ufeff") if first_line == 1 else text
+
+
+def _json(path: Path) -> Iterator[Row]:
+    text = _text(path)
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.lineno > 1:
+            yield from _jsonl(path)  # many data sets put one value per line into a .json file
+            return
+        raise DataError(_broken(path, error)) from error
+    found = _row_list(value, path)
+    for index, row in enumerate(found):
+        yield Row(row, Where(str(path), index + 1), (index + 1) / len(found))
+
+
+def _broken(path: Path, error: Exception, line: int | None = None) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"data {path}:{line or error.lineno}: broken JSON, {error.msg} at column {error.colno}"
+    return f"data {path}:{line or 1}: JSON nested too deeply"
+
+
+def _row_list(value: Any, path: Path) -> Sequence[Any]:
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        if ROW_KEYS & value.keys():
+            return [value]
+        lists = [name for name, item in value.items() if isinstance(item, list)]
+        if len(lists) == 1:
+            return list(value[lists[0]])
+        raise DataError(
+            f"data {path}: an object with {len(lists)} lists ({', '.join(map(repr, lists)) or 'none'}); "
+            "a json file holds a list of rows, or an object with exactly one such list"
+        )
+    raise DataError(f"data {path}: holds a {type(value).__name__}, not a list of rows")
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    size, done = max(path.stat().st_size, 1), 0
+    with _open(path) as stream:
+        for index, raw in enumerate(stream):
+            # For .gz `done` counts unpacked bytes: the bar then reaches its end early, which harms nobody.
+            done += len(raw)
+            line = _decode(raw, path, index + 1)
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(_broken(path, error, index + 1)) from error
+            yield Row(value, Where(str(path), index + 1, "line"), min(done / size, 1.0))
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(CSV_FIELD_LIMIT)
+    text = _text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    total = max(text.count("\n"), 1)
+    try:
+        header = next(reader, None)
+        if header is None:
+            raise DataError(f"data {path}: the file is empty; a csv file starts with the names of its columns")
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"data {path}:{reader.line_num}: {len(cells)} cells, but the header names {len(header)} columns"
+                )
+            where = Where(str(path), reader.line_num, "line")
+            yield Row(dict(zip(header, cells, strict=True)), where, min(reader.line_num / total, 1.0))
+    except csv.Error as error:
+        raise DataError(f"data {path}:{reader.line_num}: broken csv, {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    index = 0
+    try:
+        with _open(path) as stream:
+            table = pq.ParquetFile(stream)
+            total = max(table.metadata.num_rows, 1)
+            for batch in table.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    index += 1
+                    yield Row(value, Where(str(path), index), index / total)
+    except pa.ArrowException as error:
+        raise DataError(f"data {path}, after row {index}: broken parquet ({error})") from error
+
+
+def _txt(path: Path) -> Iterator[Row]:
+    yield Row({"text": _text(path)}, Where(str(path), 1, "line"), 1.0)

@@ -1,0 +1,392 @@
+"""A tokenizer's chat template: dialogues to token ids, and which of the tokens the model learns.
+
+The tokenizer's own template is the truth: ids equal `tokenizer.apply_chat_template(messages)`. Most templates do not
+mark what the assistant says, so it is found here, in characters of the rendered text, then in tokens by the offsets
+that the tokenizer gives. Takes dialogues of `dialogue`; `prepare`, `chat` and the sample answers use it.
+
+A turn is learned from where the generation prompt ends (that is where the model starts to speak) to the end of its
+end-of-turn mark, which the model must learn in order to stop; white space that the template puts after the mark is
+not learned. A token that lies across a border belongs to the side on which it starts.
+
+How a turn is found: the dialogue is rendered once as it is, and once per pattern of roles with each text replaced by a
+mark of its own. Between the marks stands what the template itself writes; the real text must be these pieces with the
+real contents (or the contents stripped) between them. Where it is not, because the template rewrites a turn (Qwen3 moves
+<think> about, tool calls become text), that turn alone is replaced by a mark and what stays equal before and after
+bounds it. Where that fails too, the row is refused.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastft.data.dialogue import Message
+from fastft.data.formats import BadRowError
+from fastft.errors import DataError
+
+# Marks stand for contents in skeletons; characters for private use, which no template touches or strips.
+MARK, MARK_END = "\ue0f0", "\ue0f1"
+# Stands for the eos token while looking for the end of a turn: some templates end the whole text with it.
+EOS_MARK = "\ue0f2"
+# Skeletons kept; real data sets have a few dozen patterns of roles.
+MAX_SKELETONS = 4096
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+Span = tuple[int, int]
+Rendering = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A dialogue in tokens."""
+
+    ids: Ids  # int32 [T]
+    learned: Mask  # bool [T]: the loss counts this token
+
+
+@dataclass(frozen=True, slots=True)
+class _Skeleton:
+    """What the template writes around the contents, for one pattern of roles."""
+
+    order: tuple[int, ...]  # the message whose content follows literals[k]
+    literals: tuple[str, ...]  # len(order) + 1 pieces
+    lead: tuple[int, ...]  # per literal: characters at its end that the assistant says itself (an empty <think> block)
+    tail: tuple[int, ...]  # per literal: characters at its start that end the turn before it
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, ready to encode dialogues and prompts.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        fallback: text of the template for a tokenizer that has none; the tokenizer's own always wins.
+
+    Raises:
+        DataError: no template at all, a slow tokenizer, or a template that does not even take one question and answer.
+    """
+
+    def __init__(self, tokenizer: Any, fallback: str | None = None) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(
+                f"chat template: the tokenizer {type(tokenizer).__name__} gives no character offsets; a tokenizer with "
+                "a tokenizer.json is needed"
+            )
+        if tokenizer.chat_template is not None:
+            text = tokenizer.get_chat_template()
+        elif fallback is not None:
+            text = fallback
+        else:
+            raise DataError(
+                f"chat template: the tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__} has "
+                "none; set model.chat_template to the template of its family (or to a .jinja file), or train with "
+                "task: pretrain"
+            )
+        self._tokenizer = tokenizer
+        # What is used, and what belongs into the adapter's folder.
+        self.text: str = text
+        self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
+        # What ends the assistant's turn ("<|im_end|>"); "" if the template has no such mark.
+        self.end_of_turn: str
+        # What ends only the last turn: the eos token of a template without an end-of-turn mark.
+        self._end_of_text: str
+        # Whether contents are handed over as lists of parts, for templates of vision models that take no plain text.
+        self._parts = False
+        try:
+            self.end_of_turn, self._end_of_text, self._lead = self._ends()
+        except DataError:
+            self._parts = True
+            try:
+                self.end_of_turn, self._end_of_text, self._lead = self._ends()
+            except DataError:
+                self._parts = False
+                self._ends()  # raises: what it says of plain text is the better explanation
+
+    @property
+    def learns_to_stop(self) -> bool:
+        """Whether something learned tells the model to stop: without it, answers do not end."""
+        return bool(self.end_of_turn or self._end_of_text)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end an answer: the one that ends a turn (where it is one token) and eos."""
+        backend = self._backend()
+        ends = backend.encode(self.end_of_turn, add_special_tokens=False).ids if self.end_of_turn else []
+        eos = self._tokenizer.eos_token_id
+        found = ([ends[0]] if len(ends) == 1 else []) + ([] if eos is None else [int(eos)])
+        return list(dict.fromkeys(found))
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[Ids, Mask]:
+        """Token ids (int32 [T]) of a dialogue, and which are learned (bool [T]).
+
+        Raises:
+            DataError: the template refuses the dialogue, or rewrites it beyond finding the answers again.
+        """
+        text, spans = self.learned_spans(messages, tools)
+        encoded = self.encode_batch([text], [spans])[0]
+        return encoded.ids, encoded.learned
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids after which the model answers: the turns so far and the opening of the assistant's."""
+        text = self.render([_as_mapping(message) for message in messages], tools, generation=True)
+        backend = self._backend()
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
+        """Tokens of rendered texts; `spans` are the learned stretches of each in characters, sorted and disjoint."""
+        encodings = self._backend().encode_batch(list(texts), add_special_tokens=False)
+        return [
+            Encoded(np.asarray(encoding.ids, dtype=np.int32), _mask(encoding, text, learned))
+            for encoding, text, learned in zip(encodings, texts, spans, strict=True)
+        ]
+
+    def render(
+        self, messages: Rendering, tools: Sequence[Mapping[str, Any]] = (), *, generation: bool = False, **names: str
+    ) -> str:
+        """The dialogue as text, exactly as `apply_chat_template(tokenize=False)` gives it.
+
+        Args:
+            messages: role, content and so on, as the template sees them.
+            tools: JSON schemas of tools.
+            generation: whether to open the assistant's turn at the end.
+            names: further names for the template; they win over the special tokens.
+
+        Raises:
+            BadRowError: the template refuses the dialogue.
+        """
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        conversation = [_in_parts(message) for message in messages] if self._parts else list(messages)
+        try:
+            rendered, _ = render_jinja_template(
+                conversations=[conversation],
+                tools=list(tools) or None,
+                chat_template=self.text,
+                add_generation_prompt=generation,
+                **{**self._tokenizer.special_tokens_map, **names},
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+            # A template is a program: reading what a message does not have ends in any of these.
+            raise BadRowError(f"the chat template refuses the dialogue: {error}") from error
+        text: str = rendered[0]
+        return text
+
+    def learned_spans(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[str, list[Span]]:
+        """The dialogue as text, and the stretches of it (start, end in characters) that are learned."""
+        mappings = [_as_mapping(message) for message in messages]
+        text = self.render(mappings, tools)
+        if MARK in text or MARK_END in text:
+            raise BadRowError("the text holds the private characters U+E0F0 or U+E0F1, which fastft needs for itself")
+        if not tools and not any(message.tool_calls for message in messages):
+            skeleton = self._skeleton([message.role for message in messages])
+            spans = _walk(text, messages, skeleton)
+            if spans is not None:
+                return text, self._to_the_end(text, messages, spans)
+        spans = [
+            self._turn_span(text, mappings, index, tools) for index, message in enumerate(messages) if message.learn
+        ]
+        return text, self._to_the_end(text, messages, sorted(spans))
+
+    def _to_the_end(self, text: str, messages: Sequence[Message], spans: list[Span]) -> list[Span]:
+        """Let the last turn reach the eos token at the end of the text, where no other mark ends a turn."""
+        if self._end_of_text and spans and messages[-1].learn:
+            end = text.rfind(self._end_of_text) + len(self._end_of_text)
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        return spans
+
+    def _backend(self) -> Any:
+        """The Rust tokenizer, without truncation and padding that a tokenizer.json may ask for."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    def _ends(self) -> tuple[str, str, str]:
+        """End of a turn, end of the text, and what the assistant says before its content, from a small dialogue.
+
+        Whatever follows an answer in every context (a question, the end, another answer to come) ends it. The eos
+        token is replaced by a mark for this, because Phi-3 writes it at the end of the whole text only.
+        """
+        user, answer = {"role": "user", "content": _mark(0)}, {"role": "assistant", "content": _mark(1)}
+        try:
+            after = [
+                self._after(_mark(1), [user, answer, {"role": "user", "content": _mark(2)}]),
+                self._after(_mark(1), [user, answer], generation=True),
+                self._after(_mark(1), [user, answer]),
+            ]
+            opened = self._after(_mark(0), [user], generation=True)
+            written = self._after(_mark(0), [user, answer])
+        except BadRowError as error:
+            raise DataError(f"chat template: it does not take one question and one answer ({error})") from error
+        eos = str(self._tokenizer.special_tokens_map.get("eos_token", ""))
+        end_of_turn = _common_start(after).rstrip().replace(EOS_MARK, eos)
+        last = after[-1].rstrip()
+        end_of_text = eos if not end_of_turn and EOS_MARK in last else ""
+        lead = written[len(_common_start([opened, written])) : written.index(_mark(1))]
+        return end_of_turn, end_of_text, lead
+
+    def _after(self, mark: str, messages: Rendering, *, generation: bool = False) -> str:
+        """What the template writes after a mark, with EOS_MARK for the eos token; more marks stay in it."""
+        text = self.render(messages, generation=generation, eos_token=EOS_MARK)
+        if text.count(mark) != 1:
+            raise BadRowError(f"a text appears {text.count(mark)} times")
+        return text[text.index(mark) + len(mark) :]
+
+    def _skeleton(self, roles: Sequence[str]) -> _Skeleton:
+        key = tuple(roles)
+        if key not in self._skeletons:
+            if len(self._skeletons) >= MAX_SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[key] = self._new_skeleton(roles)
+        return self._skeletons[key]
+
+    def _new_skeleton(self, roles: Sequence[str]) -> _Skeleton:
+        messages = [{"role": role, "content": _mark(index)} for index, role in enumerate(roles)]
+        text = self.render(messages)
+        found = list(_marks(text))
+        seen = [index for index, _ in found]
+        for index, role in enumerate(roles):
+            if seen.count(index) != 1:
+                times = "leaves out" if index not in seen else "repeats"
+                raise BadRowError(f"the chat template {times} the text of turn {index + 1} ({role})")
+        literals, place = [], 0
+        for index, start in found:
+            literals.append(text[place:start])
+            place = start + len(_mark(index))
+        literals.append(text[place:])
+        lead = [0] * len(literals)
+        tail = [0] * len(literals)
+        for k, index in enumerate(seen):
+            if roles[index] == "assistant":
+                before = _mark(seen[k - 1]) if k else ""
+                lead[k] = len(literals[k]) - self._start(before, literals[k] + _mark(index), messages[:index])
+                tail[k + 1] = len(_common_start([self.end_of_turn, literals[k + 1]]).rstrip())
+        return _Skeleton(tuple(seen), tuple(literals), tuple(lead), tuple(tail))
+
+    def _start(self, before: str, written: str, earlier: Rendering) -> int:
+        """Where in `written`, which ends with an answer's mark and follows `before`, the model starts to speak."""
+        length = written.index(MARK)
+        if before and earlier:
+            try:
+                opened = self.render(earlier, generation=True)
+            except BadRowError:
+                opened = ""
+            if opened.count(before) == 1:
+                following = opened[opened.index(before) + len(before) :]
+                return min(len(_common_start([following, written])), length)
+        return length - (len(self._lead) if written[:length].endswith(self._lead) else 0)
+
+    def _turn_span(self, text: str, mappings: Rendering, index: int, tools: Sequence[Mapping[str, Any]]) -> Span:
+        """The learned stretch of one turn, found by replacing this turn alone."""
+        marked = [dict(message) for message in mappings]
+        marked[index] = {"role": "assistant", "content": _mark(index)}
+        skeleton = self.render(marked, tools)
+        if skeleton.count(_mark(index)) != 1:
+            raise BadRowError(f"the chat template leaves out or repeats turn {index + 1} (assistant)")
+        start = skeleton.index(_mark(index))
+        after = skeleton[start + len(_mark(index)) :]
+        start = self._opening(skeleton, start, mappings[:index], tools)
+        end = len(text) - len(after)
+        if not text.startswith(skeleton[:start]) or not text.endswith(after) or end < start:
+            raise BadRowError(f"the chat template rewrites other turns depending on turn {index + 1} (assistant)")
+        return start, end + len(_common_start([self.end_of_turn, after]).rstrip())
+
+    def _opening(self, skeleton: str, start: int, earlier: Rendering, tools: Sequence[Mapping[str, Any]]) -> int:
+        """Where in `skeleton`, at `start` or a little before, the model starts to speak."""
+        if earlier:
+            try:
+                opened = self.render(earlier, tools, generation=True)
+            except BadRowError:
+                opened = ""
+            if len(opened) <= start and skeleton.startswith(opened) and opened:
+                return len(opened)
+        return start - (len(self._lead) if skeleton[:start].endswith(self._lead) else 0)
+
+
+def _as_mapping(message: Message) -> dict[str, Any]:
+    """A message as templates see it."""
+    mapping: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        mapping["tool_calls"] = list(message.tool_calls)
+    if message.tool_call_id is not None:
+        mapping["tool_call_id"] = message.tool_call_id
+    return mapping
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _mark(index: int) -> str:
+    return f"{MARK}{index}{MARK_END}"
+
+
+def _marks(text: str) -> Iterator[tuple[int, int]]:
+    """(index, start) of each mark in a skeleton."""
+    start = text.find(MARK)
+    while start >= 0:
+        end = text.index(MARK_END, start)
+        yield int(text[start + 1 : end]), start
+        start = text.find(MARK, end)
+
+
+def _walk(text: str, messages: Sequence[Message], skeleton: _Skeleton) -> list[Span] | None:
+    """The learned spans, if `text` is the skeleton with the contents (as they are, or stripped) in it."""
+    spans, place = [], 0
+    for k, index in enumerate(skeleton.order):
+        literal = skeleton.literals[k]
+        if not text.startswith(literal, place):
+            return None
+        place += len(literal)
+        content, following = messages[index].content, skeleton.literals[k + 1]
+        end = _end_of_content(text, place, content, following)
+        if end is None:
+            return None
+        if messages[index].learn:
+            spans.append((place - skeleton.lead[k], end + skeleton.tail[k + 1]))
+        place = end
+    if text[place:] != skeleton.literals[-1]:
+        return None
+    return sorted(spans)
+
+
+def _end_of_content(text: str, place: int, content: str, following: str) -> int | None:
+    for candidate in (content, content.strip(), content.rstrip(), content.lstrip()):
+        end = place + len(candidate)
+        if text.startswith(candidate, place) and text.startswith(following, end):
+            return end
+    return None
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    """The longest text with which all of `texts` start."""
+    first, last = min(texts), max(texts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]
+
+
+def _mask(encoding: Any, text: str, spans: Sequence[Span]) -> Mask:
+    """True for the tokens that start inside a span; bool [T].
+
+    Asks the encoding for the few borders: taking all its offsets over to Python costs as much as half of tokenising.
+    """
+    mask = np.zeros(len(encoding), dtype=np.bool_)
+    for start, end in spans:
+        mask[_token_from(encoding, text, start) : _token_from(encoding, text, end)] = True
+    return mask
+
+
+def _token_from(encoding: Any, text: str, place: int) -> int:
+    """Number of the first token that starts at character `place` or after it."""
+    for character in range(place, len(text)):
+        token = encoding.char_to_token(character)
+        if token is not None:  # None: the tokenizer drops this character
+            start, _ = encoding.token_to_chars(token)
+            return int(token) + int(start < place)
+    num_tokens: int = len(encoding)
+    return num_tokens

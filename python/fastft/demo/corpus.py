@@ -1,0 +1,100 @@
+"""The text that the demo base reads: stories, notes and village talks, mixed.
+
+`documents` is a pure function of its seed. `cached_text` writes the data set `demo/text` into the user's cache the first
+time it is asked for: 20 MB of text need not travel in the package when eight small files make it in half a minute.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fastft.demo import notes, stories, village
+from fastft.demo.words import Dice
+
+NUM_DOCUMENTS = 60_000
+SEED = 1
+
+
+def plain_story(dice: Dice) -> str:
+    """A story about a chosen hero."""
+    return stories.story(dice, stories.hero(dice))
+
+
+def story_with_heading(dice: Dice) -> str:
+    """A story under a heading that names the hero."""
+    about = stories.hero(dice)
+    heading = dice.pick(("The story of {}", "{}", "A story about {}", "{} and the others"))
+    return f"{heading.format(about.name)}\n{stories.story(dice, about)}"
+
+
+def village_talk(dice: Dice) -> str:
+    """A dialogue with its chat marks."""
+    return village.chat_marks(village.talk(dice))
+
+
+# Kinds of documents with their shares in percent.
+SHARES: dict[Callable[[Dice], str], int] = {
+    plain_story: 40,
+    story_with_heading: 10,
+    village_talk: 15,
+    notes.sums: 7,
+    notes.colours: 5,
+    notes.opposites: 4,
+    notes.letters: 3,
+    notes.copies: 16,
+}
+
+
+def documents(count: int = NUM_DOCUMENTS, seed: int = SEED) -> Iterator[str]:
+    """`count` documents of plain ASCII text; the same for the same seed in every Python version."""
+    dice = Dice(seed)
+    for _ in range(count):
+        yield document(dice)
+
+
+def document(dice: Dice) -> str:
+    """One document of a kind chosen by `SHARES`."""
+    left = dice.below(sum(SHARES.values()))
+    for write_one, share in SHARES.items():
+        if left < share:
+            return write_one(dice)
+        left -= share
+    raise AssertionError("dice.below(total) is below the total")
+
+
+def cached_text() -> Path:
+    """The file with all documents as jsonl rows {"text": ...}, made now if this version of it is not in the cache.
+
+    The folder is $XDG_CACHE_HOME/fastft, or ~/.cache/fastft. The name holds a hash of the code that makes the text, so a
+    changed generator makes a new file.
+    """
+    from fastft import console
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastft"
+    path = folder / f"demo-text-{_version()}.jsonl"
+    if not path.exists():
+        console.note(f"writing the demo's text into {path}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write(path, NUM_DOCUMENTS)
+    return path
+
+
+def write(path: Path, count: int) -> None:
+    """Write `count` documents as jsonl; the file appears whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in documents(count))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _version() -> str:
+    """A short hash of the modules that decide what the text is."""
+    hashed = hashlib.sha256(f"{NUM_DOCUMENTS} {SEED}".encode())
+    for name in ("corpus", "notes", "stories", "village", "words"):
+        hashed.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return hashed.hexdigest()[:12]

@@ -1,0 +1,112 @@
+"""Low-rank adapters on a frozen base, by peft.
+
+The schema's `lora` block becomes a peft LoraConfig. Adapters are always fp32: AdamW's small late steps are lost in
+bf16 weights, and the 6 bytes more per adapter weight are little (spec training.md 2).
+"""
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from fastft.config import schema
+from fastft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def lora_config(lora: schema.Lora, base_name: str) -> Any:
+    """Peft's LoraConfig for a schema block; `base_name` is what adapter_config.json will say the base is."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        r=lora.r,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets if lora.targets == "all-linear" else list(lora.targets),
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_rslora=lora.rslora,
+        bias="none",
+    )
+
+
+def attach(model: Any, lora: schema.Lora, base_name: str) -> Any:
+    """Freeze `model` and put trainable fp32 adapters on it.
+
+    peft.prepare_model_for_kbit_training is never called: it would turn all 16-bit weights, embeddings included, into
+    fp32 (up to 2 GiB on a 7B model, spec training.md trap C). Its hook for the inputs' gradients is needed for
+    reentrant checkpointing only, which fastft does not use.
+
+    Returns:
+        the PeftModel; its adapter weights and `modules_to_save` are fp32 and the only weights with a gradient.
+
+    Raises:
+        ConfigError: a name in `targets` or `modules_to_save` is no module of this model.
+    """
+    from peft import get_peft_model
+
+    _check_names(model, "lora.targets", () if lora.targets == "all-linear" else lora.targets)
+    _check_names(model, "lora.modules_to_save", lora.modules_to_save)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    config = lora_config(lora, base_name)
+    # peft writes the folder the model was loaded from; a base that was laid out anew must be known by its own name.
+    model.name_or_path = base_name
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    _train_in_fp32(adapted)
+    return adapted
+
+
+def _train_in_fp32(adapted: Any) -> None:
+    """Make whole trained modules fp32 like the adapters; what goes in and comes out keeps the base's dtype."""
+    import torch
+    from peft.utils import ModulesToSaveWrapper
+
+    def enter(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+    for wrapper in adapted.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for module in wrapper.modules_to_save.values():
+            dtype = next(module.parameters()).dtype
+            if dtype == torch.float32:
+                continue
+
+            def leave(_module: Any, _inputs: Any, output: Any, dtype: torch.dtype = dtype) -> Any:
+                return output.to(dtype) if isinstance(output, torch.Tensor) else output
+
+            module.float()
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+
+
+def count_weights(model: "nn.Module") -> tuple[int, int]:
+    """Number of trained weights and of all weights; a 4-bit weight counts as one."""
+    trained = total = 0
+    for parameter in model.parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        num = parameter.numel()
+        if shape is not None:
+            num = 1
+            for length in shape:
+                num *= length
+        total += num
+        trained += num if parameter.requires_grad else 0
+    return trained, total
+
+
+def _check_names(model: "nn.Module", field: str, wanted: tuple[str, ...]) -> None:
+    names = {name for name, _ in model.named_modules() if name}
+    ends = {name.rsplit(".", 1)[-1] for name in names}
+    for name in wanted:
+        if name in ends or any(full == name or full.endswith(f".{name}") for full in names):
+            continue
+        near = difflib.get_close_matches(name, sorted(ends), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"modules here: {', '.join(sorted(ends - _digits(ends)))}"
+        raise ConfigError(f"{field}: {name} is no module of this model; {hint}")
+
+
+def _digits(names: set[str]) -> set[str]:
+    return {name for name in names if name.isdigit()}

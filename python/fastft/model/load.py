@@ -1,0 +1,221 @@
+"""A base model read from its folder: found, laid out if need be, in the right dtype, with its adapter.
+
+`locate` finds the folder, `load_tokenizer` reads its tokenizer, `load_weights` the rest; `load` does all three.
+The order matters to a run, which checks its data (tokenizer needed) before it reads gigabytes of weights.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastft import console
+from fastft.config import schema
+from fastft.errors import CheckpointError, ConfigError
+from fastft.model import adapter, device, quantization, quiet
+from fastft.model.quantization import Quantized
+from fastft.model.tokenizer import load_tokenizer
+
+__all__ = ["Base", "Loaded", "load", "load_tokenizer", "load_weights", "locate"]
+
+# transformers has no classes for these (spec training.md 5); both are Llama under other names.
+_LAID_OUT_AS_LLAMA = ("internlm2",)
+_LLAMA_WITH_BIAS = "internlm"
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a base model lies.
+
+    Attributes:
+        name: what a merge or a chat should call it later: the hub id, or the absolute folder.
+        folder: the checkpoint as it was found.
+        weights_folder: the folder that is read; another one when the checkpoint was laid out as Llama.
+        config_json: config.json of `weights_folder`.
+        laid_out_from: the original model type ("internlm2") in that case, else None.
+    """
+
+    name: str
+    folder: Path
+    weights_folder: Path
+    config_json: Mapping[str, Any]
+    laid_out_from: str | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to train; `model` is a PeftModel for lora and qlora."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    base: Base
+    quantized: Quantized | None
+
+
+def locate(model: schema.Model) -> Base:
+    """Find the base's folder, lay an InternLM checkpoint out as Llama.
+
+    Raises:
+        HubError: it is neither a folder nor on the hub.
+        CheckpointError: the folder has no readable config.json.
+    """
+    from fastft.hub import locate as hub
+
+    folder = Path(hub.model(model))
+    config_json = read_config(folder)
+    is_local = model.name == "demo" or Path(model.name).expanduser().exists()
+    name = str(folder.resolve()) if is_local else model.name
+    kind = str(config_json.get("model_type", ""))
+    if kind not in _LAID_OUT_AS_LLAMA:
+        return Base(name, folder, folder, config_json, None)
+    from fastft.convert import layout
+
+    laid_out = layout.internlm2_as_llama(folder)
+    console.note(f"model: {kind} is read as Llama, natively (no remote code); adapters merge onto the original files")
+    return Base(name, folder, laid_out, read_config(laid_out), kind)
+
+
+def read_model_config(base: Base, **settings: Any) -> Any:
+    """The transformers config of a base.
+
+    InternLM (version 1) is Llama with biases on the four attention projections, names included, so its own files are
+    read with Llama's class.
+
+    Raises:
+        CheckpointError: transformers does not know this kind of model, or it needs `trust_remote_code`.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    if base.config_json.get("model_type") == _LLAMA_WITH_BIAS:
+        console.note("model: internlm is read as Llama with biases, natively (no remote code)")
+        dropped = ("architectures", "auto_map", "bias", "model_type", "transformers_version")
+        kept = {key: value for key, value in base.config_json.items() if key not in dropped}
+        biased = bool(base.config_json.get("bias", True))
+        attention = {k: v for k, v in settings.items() if k == "attn_implementation"}
+        return LlamaConfig(**{**kept, "attention_bias": biased}, **attention)
+    try:
+        return AutoConfig.from_pretrained(base.weights_folder, **settings)
+    except (ValueError, OSError, KeyError) as cause:
+        kind = base.config_json.get("model_type", "unknown")
+        hint = ""
+        if base.config_json.get("auto_map") and not settings.get("trust_remote_code"):
+            hint = "; it comes with code of its own, which model.trust_remote_code: true would run"
+        raise CheckpointError(f"model {base.folder}: model type {kind} cannot be read{hint}") from cause
+
+
+def load(config: schema.Config) -> Loaded:
+    """Find, read and prepare the model of a config; see `locate`, `load_tokenizer` and `load_weights`."""
+    base = locate(config.model)
+    return load_weights(config, base, load_tokenizer(base.weights_folder, config.model))
+
+
+def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
+    """Read the weights of `base` as the config wants them and attach the adapter.
+
+    Raises:
+        ConfigError: the method does not fit the checkpoint.
+        CheckpointError: weights or config cannot be read, or the tokenizer knows more tokens than the model.
+    """
+    quiet.prepare_libraries()
+    import torch
+
+    quiet.hide_loading_bars()
+    on = device.choose()
+    kind = config.method.kind
+    stored_4bit = quantization.of_checkpoint(base.config_json)
+    if stored_4bit is not None and kind == "full":
+        raise ConfigError("method: full cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint")
+    if config.model.init == "random" and (kind == "qlora" or stored_4bit is not None):
+        raise ConfigError("model.init: random makes new weights, which a 4-bit method would freeze; use method full")
+    settings: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
+    if config.model.attention != "auto":
+        settings["attn_implementation"] = config.model.attention
+    model_config = read_model_config(base, **settings)
+    device.share_cores(model_config, on)
+    dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
+    if config.model.init == "random":
+        model = _draw(model_config, dtype, settings, config.train.seed)
+    else:
+        if kind == "qlora" and stored_4bit is None:
+            assert config.method.quantization is not None
+            settings["quantization_config"] = quantization.settings(config.method.quantization, on)
+        elif stored_4bit is not None:
+            console.note("model: the checkpoint is already 4-bit; it is used as it is")
+        model = _read(base, model_config, dtype, settings, torch.device(on))
+    _check_vocabulary(model, tokenizer, base)
+    quantized = None
+    if kind == "qlora" or stored_4bit is not None:
+        quantization.disable_cpu_repacking(model)
+        quantized = quantization.describe(model)
+    if config.method.lora is not None:
+        model = adapter.attach(model, config.method.lora, base.name)
+    return Loaded(model, tokenizer, base.folder, base, quantized)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise CheckpointError(f"model {folder}: config.json cannot be read; is this a model folder?") from cause
+    except ValueError as cause:
+        raise CheckpointError(f"model {folder}: config.json is no JSON: {cause}") from cause
+    if not isinstance(content, dict):
+        raise CheckpointError(f"model {folder}: config.json holds no JSON object")
+    return content
+
+
+def checkpoint_dtype(base: Base) -> Any:
+    """The torch dtype of the checkpoint: what config.json says, else what its first floating tensor is, else fp32."""
+    import torch
+
+    text_config = base.config_json.get("text_config") or {}
+    named = base.config_json.get("dtype") or base.config_json.get("torch_dtype") or text_config.get("dtype")
+    if isinstance(named, str) and hasattr(torch, named.removeprefix("torch.")):
+        return getattr(torch, named.removeprefix("torch."))
+    from safetensors import safe_open
+
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    for path in sorted(base.weights_folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no dict
+                stored = file.get_slice(key).get_dtype()
+                if stored in kinds:
+                    return kinds[stored]
+    return torch.float32
+
+
+def _draw(model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
+
+
+def _read(base: Base, model_config: Any, dtype: Any, settings: Mapping[str, Any], on: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    place = {"device_map": {"": str(on)}} if "quantization_config" in settings or on.type == "cuda" else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base.weights_folder, config=model_config, dtype=dtype, **place, **settings
+        )
+    except (OSError, ValueError, KeyError) as cause:
+        raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, base: Base) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise CheckpointError(
+            f"model {base.folder}: the tokenizer has ids up to {largest}, the model has embeddings for 0 to {rows - 1}; "
+            "the tokenizer belongs to another model"
+        )

@@ -1,0 +1,99 @@
+"""What a run measures: one JSON object per line in metrics.jsonl, and the status line on the console.
+
+A line holds step, epoch and either loss, lr, grad_norm, tokens_per_s, or eval_loss. It is flushed at once, so that a
+killed run shows how far it came; a resumed run drops the lines that its checkpoint does not know and goes on.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from fastft import console
+
+Advance = Callable[..., None]
+# Trainer's names of what is kept; everything else that it logs (flos, runtime) is not.
+_NAMES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "eval_loss"}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl or samples.jsonl; a half last line of a killed run is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Remove the lines of later steps, which a resumed run writes anew."""
+    if path.is_file():
+        kept = [line for line in read(path) if line.get("step", 0) <= step]
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add one line; it is in the file when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+class Metrics(TrainerCallback):  # type: ignore[misc]  # transformers is untyped for mypy
+    """Writes metrics.jsonl and moves the status line.
+
+    Args:
+        path: the file, appended to.
+        advance: `console.progress`'s, or None in processes that say nothing.
+        status: gives (loss of the last micro-batch, tokens seen in this session).
+    """
+
+    def __init__(self, path: Path, advance: Advance | None, status: Callable[[], tuple[float, int]]) -> None:
+        self.path = path
+        self.advance = advance
+        self.status = status
+        self.mean_loss: float | None = None
+        self.lr = 0.0
+        self.tokens_at_line = 0
+        self.time_at_line = time.monotonic()
+
+    def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        """Start the clock."""
+        self.time_at_line = time.monotonic()
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Mapping[str, float], **_kwargs: Any) -> None:
+        """Write a line of metrics.jsonl."""
+        if not state.is_world_process_zero:
+            return
+        line: dict[str, Any] = {"step": state.global_step, "epoch": round(float(state.epoch or 0), 4)}
+        line |= {ours: float(logs[theirs]) for theirs, ours in _NAMES.items() if theirs in logs}
+        if len(line) == 2:
+            return
+        if "loss" in line:
+            line["tokens_per_s"] = self._speed()
+            self.mean_loss, self.lr = line["loss"], line["lr"]
+        append(self.path, line)
+        if "eval_loss" in line:
+            console.note(f"step {state.global_step}: eval loss {line['eval_loss']:.4f}")
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
+        """Move the status line."""
+        if self.advance is None:
+            return
+        elapsed = max(time.monotonic() - self.time_at_line, 1e-9)
+        speed = (self.status()[1] - self.tokens_at_line) / elapsed
+        loss = self.status()[0] if self.mean_loss is None else self.mean_loss
+        self.advance(state.global_step, f"loss {loss:.3f}  lr {self.lr:.2e}  {speed:,.0f} tokens/s")
+
+    def _speed(self) -> float:
+        """Tokens per second since the last line, pauses for eval and samples included."""
+        now, tokens = time.monotonic(), self.status()[1]
+        speed = (tokens - self.tokens_at_line) / max(now - self.time_at_line, 1e-9)
+        self.time_at_line, self.tokens_at_line = now, tokens
+        return round(speed, 1)

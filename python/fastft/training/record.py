@@ -1,0 +1,61 @@
+"""fastft_training.json: how a result came to be, for whoever merges or continues it.
+
+Written into the run folder and into adapter/ (or model/). A QLoRA merge reads `quantization`; a merge onto InternLM2
+files reads `base.laid_out_from`.
+"""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastft import publish
+from fastft.config import schema
+from fastft.model.load import Loaded
+
+FILE_NAME = "fastft_training.json"
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps: int) -> dict[str, Any]:
+    """The record as plain data.
+
+    Keys: `fastft` (version), `recipe`, `task`, `method`, `seed`, `steps` (planned), `data` (rows, tokens, processes),
+    `base` (`name`: hub id or absolute folder; `folder`; `revision`; `model_type`: of the original files;
+    `laid_out_from`: "internlm2" when it was read in the Llama layout, so that adapter names are Llama's),
+    `quantization` (None, or how the base was held: model.quantization.Quantized), `versions`.
+    """
+    base = loaded.base
+    return {
+        "fastft": _version("fastft"),
+        "recipe": config.name,
+        "task": config.task,
+        "method": config.method.kind,
+        "seed": config.train.seed,
+        "steps": steps,
+        "data": data,
+        "base": {
+            "name": base.name,
+            "folder": str(base.folder.resolve()),
+            "revision": config.model.revision,
+            "model_type": base.laid_out_from or base.config_json.get("model_type"),
+            "laid_out_from": base.laid_out_from,
+            "dtype": str(next(iter(loaded.model.parameters())).dtype).removeprefix("torch."),
+        },
+        "quantization": None if loaded.quantized is None else loaded.quantized.to_json(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES},
+    }
+
+
+def write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record into a folder, atomically."""
+    publish.write_text(folder / FILE_NAME, json.dumps(record, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,58 @@
+"""What is left behind to look at: loss.png."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Weight of the newest value in the smoothed curve; the raw values stay visible behind it.
+_SMOOTHING = 0.15
+
+
+def plot(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> bool:
+    """Draw the loss over the steps as PNG.
+
+    Args:
+        path: file to write.
+        lines: of metrics.jsonl.
+        title: above the picture.
+
+    Returns:
+        False when there is nothing to draw; no file is written then.
+    """
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    if not train:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps, losses = zip(*train, strict=True)
+    axes.plot(steps, losses, color="#9ab8d6", linewidth=1, marker="." if len(steps) < 30 else "", label="loss")
+    if len(steps) >= 8:
+        axes.plot(steps, smooth(losses), color="#1f5a93", linewidth=2, label="loss, smoothed")
+    if held_out:
+        axes.plot(
+            *zip(*held_out, strict=True), color="#c4501b", linewidth=1.5, marker="o", markersize=4, label="eval loss"
+        )
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per learned token (nats)")
+    axes.grid(visible=True, color="#e5e5e5")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    return True
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean, started at the first value without bias."""
+    smoothed: list[float] = []
+    total = weight = 0.0
+    for value in values:
+        total = total * (1 - _SMOOTHING) + value * _SMOOTHING
+        weight = weight * (1 - _SMOOTHING) + _SMOOTHING
+        smoothed.append(total / weight)
+    return smoothed

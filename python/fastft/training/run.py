@@ -1,0 +1,282 @@
+"""A training run in order: folder, data, model, steps, result.
+
+What can be refused is refused in that order, cheapest first, so that nobody waits for gigabytes of weights to hear of
+a wrong path. `run` is the door for `fastft train`; `dry_run` does everything up to the weights.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastft import console
+from fastft.config import schema, show
+from fastft.errors import DataError, FileError, TrainingError
+from fastft.model import load as model_load
+from fastft.model import quiet, tokenizer
+from fastft.training import folder, launch, resume
+from fastft.training.checkpoint import Checkpoint
+
+# Bytes per trained weight in a checkpoint: fp32 weight and two moments.
+_STATE_BYTES = 12
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left behind.
+
+    Attributes:
+        run_dir: the run folder.
+        artifact: adapter/ or model/ in it.
+        loss: mean training loss of the last line of metrics.jsonl, nats per learned token.
+        steps: optimizer steps of the whole run.
+        seconds: of this session, wall clock.
+    """
+
+    run_dir: Path
+    artifact: Path
+    loss: float
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before the weights are read."""
+
+    base: model_load.Base
+    tokenizer: Any
+    data: Any
+
+
+def dry_run(config: schema.Config, *, work_dir: Path) -> None:
+    """Check folder, config and data of a run and show a sample; no weights are read and no step is made.
+
+    Raises:
+        FastftError: whatever would stop the run before its first step.
+    """
+    folder.prepare(work_dir, resume=True)
+    if not any(work_dir.iterdir()):
+        work_dir.rmdir()
+    console.note(show.short(config))
+    prepared = _prepare(config)
+    from fastft.training import trainer
+
+    steps = trainer.total_steps(config.train, len(prepared.data.train))
+    console.note(f"dry run: {steps} steps would be made in {work_dir}; nothing was trained")
+
+
+def run(config: schema.Config, *, work_dir: Path, resume: str | None = None) -> RunResult:
+    """Train as the config says.
+
+    Args:
+        config: the whole run.
+        work_dir: the run folder; made if it is not there.
+        resume: `auto`, the path of a checkpoint, or None for a new run.
+
+    Returns:
+        where the result lies, and how it went.
+
+    Raises:
+        FastftError: anything that the user can mend.
+        SystemExit: 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint written.
+    """
+    started = time.monotonic()
+    writes = int(os.environ.get("RANK", "0")) == 0
+    if writes:
+        folder.prepare(work_dir, resume=resume is not None)
+    quieted = nullcontext() if writes else console.silenced()
+    with quieted, console.copied_to(work_dir / "log.txt") if writes else nullcontext():
+        return _run(config, work_dir, resume, writes=writes, started=started)
+
+
+def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: bool, started: float) -> RunResult:
+    console.note(show.short(config))
+    found = None if wanted is None else resume.choose(work_dir, wanted)
+    prepared = _prepare(config)
+    if writes:
+        from fastft import publish
+
+        publish.write_text(work_dir / "config.yaml", show.flat_yaml(config))
+
+    from fastft.training import checkpoint, metrics, record, report, trainer
+
+    processes = launch.num_processes()
+    steps = trainer.total_steps(config.train, len(prepared.data.train), processes)
+    counts = {"rows": len(prepared.data.train), "tokens": prepared.data.train.num_tokens, "processes": processes}
+    if found is not None:
+        resume.check_same_run(found, config, counts)
+        console.note(f"going on from {found.path} (step {found.step} of {steps})")
+    if writes:
+        checkpoint.remove_leftovers(work_dir)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            metrics.drop_after(work_dir / name, found.step if found else -1)
+
+    from transformers import set_seed
+
+    set_seed(config.train.seed)  # adapters and new weights are drawn while loading
+    loaded = model_load.load_weights(config, prepared.base, prepared.tokenizer)
+    about = record.describe(config, loaded, counts, steps)
+    console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
+    _require_space(work_dir, loaded.model, config)
+    loss = _train(config, work_dir, loaded, prepared.data, about, found=found, writes=writes)
+
+    artifact = work_dir / ("model" if config.method.kind == "full" else "adapter")
+    if writes:
+        _write_result(artifact, work_dir, loaded, about)
+        lines = metrics.read(work_dir / "metrics.jsonl")
+        report.plot(work_dir / "loss.png", lines, f"{config.name}: {config.method.kind}, {steps} steps")
+        loss = next((line["loss"] for line in reversed(lines) if "loss" in line), loss)
+    seconds = time.monotonic() - started
+    console.note(f"done: {steps} steps in {seconds:.0f} s, loss {loss:.4f}")
+    console.note(f"result: {artifact}\nplot:   {work_dir / 'loss.png'}")
+    return RunResult(work_dir, artifact, loss, steps, seconds)
+
+
+def _prepare(config: schema.Config) -> Prepared:
+    """Tokenizer and data; the weights are not touched."""
+    quiet.prepare_libraries()
+    from fastft.data import prepare as data_prepare
+    from fastft.data import preview
+
+    base = model_load.locate(config.model)
+    words = tokenizer.load_tokenizer(base.weights_folder, config.model)
+    if config.task == "sft":
+        tokenizer.require_chat_template(words, config.model)
+    data = data_prepare.prepare(config.data, config.task, words, config.train.seed)
+    for line in data.report.lines():
+        console.note(line)
+    if len(data.train) == 0:
+        raise DataError("data.train: no sample is left to learn from; `fastft log-dataset` shows what was read")
+    console.note("the first sample; what is learned is marked:")
+    console.show(preview.opening(data.train[0], words, colour=console.stderr().is_terminal))
+    return Prepared(base, words, data)
+
+
+def _train(
+    config: schema.Config,
+    work_dir: Path,
+    loaded: model_load.Loaded,
+    data: Any,
+    about: dict[str, Any],
+    *,
+    found: Checkpoint | None,
+    writes: bool,
+) -> float:
+    """Make the steps; returns the loss of the last one."""
+    import torch
+
+    from fastft.chat import session
+    from fastft.data.collate import Collator
+    from fastft.model import device
+    from fastft.training import record, trainer
+    from fastft.training.interrupt import Interrupt
+    from fastft.training.metrics import Metrics
+    from fastft.training.periodic import Periodic
+    from fastft.training.samples import SampleAnswers
+
+    steps = int(about["steps"])
+    dtype = next(loaded.model.parameters()).dtype
+    arguments = trainer.arguments(config, work_dir, steps, dtype, device.choose())
+    interrupt = Interrupt()
+    talk = session.Talk(loaded.model, loaded.tokenizer, continues=config.task == "pretrain")
+    with console.progress("training", steps, "steps") as advance:
+        status = Status()
+        metrics = Metrics(work_dir / "metrics.jsonl", advance if writes else None, status.read)
+        answers = SampleAnswers(
+            work_dir / "samples.jsonl", talk, config.samples, config.train.sample_steps, speaks=writes
+        )
+        has_eval = data.eval is not None and len(data.eval) > 0
+        work = trainer.FastftTrainer(
+            config=config,
+            model=loaded.model,
+            args=arguments,
+            collate=Collator(tokenizer.pad_id(loaded.tokenizer)),
+            train_rows=data.train,
+            eval_rows=data.eval if has_eval else None,
+            tokenizer=loaded.tokenizer,
+            callbacks=[metrics, answers, Periodic(config.train.eval_steps if has_eval else None), interrupt],
+            record={"config": resume.flat(config), "data": about["data"]},
+            extra_files=lambda place: record.write(place, about),
+        )
+        status.trainer = work
+        with interrupt.listening(), _translated(work_dir, work):
+            output = work.train(resume_from_checkpoint=str(found.path) if found else None)
+        if has_eval and interrupt.received is None:
+            work.evaluate()
+    if interrupt.received is not None:
+        _say_how_to_go_on(work_dir, work.state.global_step)
+        raise SystemExit(interrupt.exit_code)
+    if not torch.isfinite(torch.tensor(float(output.training_loss))):
+        raise TrainingError(f"the training ended with a loss of {output.training_loss}")
+    return float(output.training_loss)
+
+
+class Status:
+    """What the status line reads from a trainer that is made after it."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+
+    def read(self) -> tuple[float, int]:
+        """Loss of the last micro-batch, and tokens seen in this session."""
+        return self.trainer.last_loss, self.trainer.tokens_seen
+
+
+@contextmanager
+def _translated(work_dir: Path, work: Any) -> Iterator[None]:
+    """Errors of torch that mean something to the user."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as cause:
+        raise TrainingError(
+            f"step {work.state.global_step + 1}: the GPU's memory is full; lower train.batch_size (and raise "
+            "grad_accumulation) or data.max_length, or use method qlora"
+        ) from cause
+    except OSError as cause:
+        if isinstance(cause, FileError):
+            raise
+        raise FileError(
+            f"run folder {work_dir}: {cause.strerror or cause}; checkpoints that are there are whole"
+        ) from cause
+
+
+def _write_result(artifact: Path, work_dir: Path, loaded: model_load.Loaded, about: dict[str, Any]) -> None:
+    from fastft import publish
+    from fastft.training import record, trainer
+
+    try:
+        with publish.staged(artifact, force=True) as staging:
+            trainer.save_model(loaded.model, loaded.tokenizer, staging)
+            record.write(staging, about)
+        record.write(work_dir, about)
+    except OSError as cause:
+        if isinstance(cause, FileError):
+            raise
+        raise FileError(
+            f"result {artifact}: cannot be written: {cause.strerror or cause}; the last checkpoint is whole, free some "
+            "space and run again with --resume auto"
+        ) from cause
+
+
+def _require_space(work_dir: Path, model: Any, config: schema.Config) -> None:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    folder.require_space(work_dir, trained * _STATE_BYTES, config.output.keep)
+
+
+def _held(loaded: model_load.Loaded) -> str:
+    quantized = loaded.quantized
+    if quantized is None:
+        return ""
+    double = " double-quantized" if quantized.double_quant else ""
+    return f", held in {quantized.type}{double}, products in {quantized.compute_dtype}"
+
+
+def _say_how_to_go_on(work_dir: Path, step: int) -> None:
+    console.note(f"stopped after step {step}; the checkpoint is {work_dir / f'checkpoint-{step}'}")
+    console.note(f"the same command with --work-dir {work_dir} --resume auto goes on from there")

@@ -1,0 +1,287 @@
+"""transformers' Trainer, narrowed to what fastft needs and made exact.
+
+Ours: the order of rows, token-weighted eval loss that draws no random number, a stop at the first loss that is not
+finite, checkpoints that are whole or absent, no pickle of arguments. The loop, gradient accumulation, optimizer,
+schedule and the multi-process side are the Trainer's.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from fastft import console
+from fastft.config import schema
+from fastft.errors import TrainingError
+from fastft.model import adapter
+from fastft.training import checkpoint, loss
+from fastft.training.batches import EpochBatches, EpochLoader
+
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def total_steps(train: schema.Train, num_rows: int, processes: int = 1) -> int:
+    """Optimizer steps of the whole run; the last one of an epoch may sum fewer batches."""
+    batches = math.ceil(math.ceil(num_rows / train.batch_size) / processes)
+    per_epoch = math.ceil(batches / train.grad_accumulation)
+    return train.max_steps or math.ceil(train.epochs * per_epoch)
+
+
+def arguments(config: schema.Config, run_dir: Path, steps: int, dtype: torch.dtype, on: torch.device) -> Any:
+    """TrainingArguments for a config; the names of today's transformers meet ours only here."""
+    train = config.train
+    if on.type == "cpu" and train.optimizer == "paged_adamw_8bit":
+        console.note("optimizer: paged_adamw_8bit pages between GPU and RAM; on a CPU it is adamw_8bit")
+    optimizer = "adamw_8bit" if on.type == "cpu" and train.optimizer == "paged_adamw_8bit" else train.optimizer
+    made = TrainingArguments(
+        output_dir=str(run_dir),
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.grad_accumulation,
+        max_steps=steps,
+        learning_rate=train.lr,
+        lr_scheduler_type=_SCHEDULES[train.schedule],
+        warmup_steps=min(math.ceil(train.warmup_ratio * steps), steps),
+        optim=_OPTIMIZERS[optimizer],
+        weight_decay=train.weight_decay,
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        max_grad_norm=train.max_grad_norm,
+        logging_strategy="steps",
+        logging_steps=train.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.output.save_steps or steps,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=train.seed,
+        use_cpu=on.type == "cpu",
+        # fp16 activations with fp32 adapters need their loss scaled; bf16 ones do not.
+        fp16=on.type == "cuda" and dtype == torch.float16,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on.type == "cuda",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+    )
+    if on.type == "cuda" and made.n_gpu > 1:
+        console.note(f"{made.n_gpu} GPUs are here and one is used; NPROC_PER_NODE={made.n_gpu} uses all")
+        made._n_gpu = 1  # noqa: SLF001 - the only way to keep Trainer from nn.DataParallel
+    return made
+
+
+class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped for mypy
+    """A Trainer for causal language models with fastft's samples.
+
+    Args:
+        config: the run's config.
+        model: from `model.load`; its loss is replaced by the chunked one.
+        args: from `arguments`.
+        collate: list of samples -> tensors.
+        train_rows: samples to learn from.
+        eval_rows: samples to measure the loss on, or None.
+        tokenizer: saved with every checkpoint.
+        callbacks: Trainer callbacks.
+        record: plain data for each checkpoint's manifest.
+        extra_files: writes further files into each checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: schema.Config,
+        model: Any,
+        args: Any,
+        collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+        train_rows: Sequence[Any],
+        eval_rows: Sequence[Any] | None,
+        tokenizer: Any,
+        callbacks: Sequence[Any],
+        record: Mapping[str, Any],
+        extra_files: Callable[[Path], None],
+    ) -> None:
+        from transformers import PrinterCallback
+
+        self.config = config
+        self.rows = train_rows
+        self.eval_rows = eval_rows
+        self.record = dict(record)
+        self.extra_files = extra_files
+        self.last_loss = math.nan
+        self.tokens_seen = 0
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # Packed documents are told apart only without a cache (spec training.md 2).
+        causal_lm.config.use_cache = False
+        _set_checkpointing(causal_lm, config.train.gradient_checkpointing, args.device)
+        loss.install(causal_lm)
+        # Trainer gets no tokenizer: it would write the tokenizer's special tokens into the model's config.
+        self.tokenizer = tokenizer
+        super().__init__(model=model, args=args, data_collator=collate, callbacks=list(callbacks))
+        self.remove_callback(PrinterCallback)
+        # Ours divides the sum of the losses by the learned tokens of the whole accumulated batch.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+
+    def get_train_dataloader(self) -> Any:
+        args = self.args
+        batches = EpochBatches(
+            len(self.rows),
+            args.train_batch_size,
+            shuffle=self.config.data.shuffle,
+            seed=args.seed,
+            rank=args.process_index,
+            world=args.world_size,
+        )
+        return EpochLoader(self.rows, batches, self.data_collator, pin=args.dataloader_pin_memory)
+
+    def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - the Trainer's name
+        """Not counted: walking over all modules at each step costs more than a small model's forward."""
+        return 0
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        step_loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(step_loss):
+            raise TrainingError(self._not_finite("loss", step_loss.item()))
+        self.last_loss = step_loss.item()
+        self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+        return step_loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # Under loss scaling (fp16) a norm that is not finite is normal: the scaler skips that step.
+        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
+            raise TrainingError(self._not_finite("gradient norm", float(norm)))
+        return norm
+
+    def _not_finite(self, what: str, value: float) -> str:
+        kept = next((found.path.name for found in checkpoint.find(Path(self.args.output_dir)) if not found.fault), None)
+        go_on = f"{kept} is whole: --resume auto goes on from it" if kept else "no checkpoint was written yet"
+        return (
+            f"step {self.state.global_step + 1}: the {what} is {value}; the training stopped before it spoiled the "
+            f"weights. {go_on}. Try a lower train.lr (now {self.config.train.lr:g}), more train.warmup_ratio, or "
+            "model.dtype: fp32"
+        )
+
+    @torch.no_grad()
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """Mean loss per learned token of the eval rows, in nats; nothing of the training's state is touched."""
+        assert self.eval_rows is not None
+        training = self.model.training
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        size, world = self.args.eval_batch_size, self.args.world_size
+        for start in range(self.args.process_index * size, len(self.eval_rows), size * world):
+            batch = self.data_collator(
+                [self.eval_rows[i] for i in range(start, min(start + size, len(self.eval_rows)))]
+            )
+            inputs = self._prepare_inputs(batch)
+            count = int((inputs["labels"][:, 1:] != loss._IGNORED).sum())  # noqa: SLF001
+            outputs = self.model(**inputs, num_items_in_batch=1)
+            total += torch.tensor([float(outputs.loss), count], dtype=torch.float64)
+        self.model.train(training)
+        if world > 1:
+            # float32: not every backend sums float64 on every device; 24 bits are enough for a mean of losses.
+            shared = total.to(device=self.args.device, dtype=torch.float32)
+            torch.distributed.all_reduce(shared)
+            total = shared.cpu().double()
+        metrics = {"eval_loss": (total[0] / total[1].clamp(min=1)).item()}
+        self.log(dict(metrics))
+        # Tells the loop that it is done; at the end of an epoch it would be asked for again.
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the Trainer's names
+        """Write a whole checkpoint or none; only the main process writes, the others send what is theirs."""
+        states = self._random_states()
+        if self.args.should_save:
+            run_dir = Path(self.args.output_dir)
+            checkpoint.save(run_dir, self.state.global_step, lambda folder: self._fill(folder, states), self.record)
+            checkpoint.keep_newest(run_dir, self.config.output.keep)
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+
+    def _fill(self, folder: Path, states: Sequence[Any]) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        for rank, state in enumerate(states):
+            name = "rng_state.pth" if len(states) == 1 else f"rng_state_{rank}.pth"
+            torch.save(state, folder / name)
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.extra_files(folder)
+
+    def _random_states(self) -> list[Any]:
+        """The random number states of all processes, in the form that Trainer reads back."""
+        import random
+
+        import numpy as np
+
+        own: dict[str, Any] = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),  # noqa: NPY002 - the global state is what libraries draw from
+            "cpu": torch.random.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            many = self.args.world_size > 1
+            own["cuda"] = torch.cuda.random.get_rng_state_all() if many else torch.cuda.random.get_rng_state()
+        if self.args.world_size == 1:
+            return [own]
+        gathered: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(gathered, own)
+        return gathered
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Tied weights stand in a file once; anything else that is missing would be lost in silence."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or self.model._tied_weights_keys or ())  # noqa: SLF001
+        lost = sorted({*load_result.missing_keys} - tied) + sorted(load_result.unexpected_keys)
+        if lost:
+            raise TrainingError(f"--resume: the checkpoint's weights do not fit the model: {', '.join(lost[:5])}")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        """Weights, config and tokenizer; no pickle of the arguments."""
+        assert output_dir is not None
+        save_model(self.model, self.tokenizer, Path(output_dir))
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write an adapter or a whole model with its tokenizer and chat template into an existing folder."""
+    config = model.get_base_model().config if hasattr(model, "get_base_model") else model.config
+    use_cache, config.use_cache = config.use_cache, True  # off in training only
+    try:
+        if hasattr(model, "get_base_model"):
+            # peft would otherwise ask the hub for the base's config, to see whether embeddings were resized.
+            model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            model.save_pretrained(folder)
+    finally:
+        config.use_cache = use_cache
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    tokenizer.save_pretrained(folder)
+
+
+def describe_weights(model: Any) -> str:
+    """`1.3 M of 8.0 M weights are trained (16 %)`."""
+    trained, total = adapter.count_weights(model)
+    return f"{_millions(trained)} of {_millions(total)} weights are trained ({trained / max(total, 1):.2%})"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _set_checkpointing(causal_lm: Any, wanted: bool | str, on: torch.device) -> None:
+    if wanted == "auto":
+        wanted = on.type == "cuda"
+    if not wanted:
+        return
+    kwargs = {"use_reentrant": False}
+    if hasattr(causal_lm, "activation_checkpointing_enable"):  # transformers >= 5.23 renamed it
+        causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

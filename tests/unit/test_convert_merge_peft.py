@@ -1,0 +1,208 @@
+"""Merges held against PEFT's own merge_and_unload, on random Llamas made on the spot, and against golden answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastft.convert import merge, verify
+
+torch = pytest.importorskip("torch")
+
+# peft 0.21 asks transformers 5.23 for a name that it will drop in version 6.
+# It also says that it saves embeddings which are trained, and that a merge of tied ones is wrong (ours is not).
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
+    "ignore:Setting .save_embedding_layers.:UserWarning",
+    "ignore:.*(tie|tied).*:UserWarning",
+    # It takes a bias of lora_B for a matrix that was saved in pieces.
+    "ignore:.*LoRA tensor.s. have invalid shape",
+)
+
+
+def build(folder: Path, dtype: Any, adapter_dtype: Any, *, tied: bool = False, **lora: Any) -> tuple[Path, Path, Any]:
+    """Save a random Llama and a random adapter; returns both folders and PEFT's merged model."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        attention_bias=True,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(folder / "base", max_shard_size="40KB")
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False} | lora
+    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter.data) * 0.05
+            assert "lora" in name or "modules_to_save" in name or "bias" in name or "token" in name
+    if adapter_dtype is not None:
+        peft_model.to(adapter_dtype)
+    peft_model.save_pretrained(folder / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
+    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    return folder / "base", folder / "adapter", merged
+
+
+def saved(model: Any, folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    model.save_pretrained(folder)
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def ours(base: Path, adapter: Path, folder: Path, **options: Any) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    merge.execute(merge.plan(base, [(adapter, 1.0)], **options), folder)
+    assert verify.verify(folder, base, [(adapter, 1.0)]).good
+    return dict(load_file(folder / "model.safetensors"))
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 5}, "alpha_pattern": {"v_proj": 7}},
+    "some layers": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+    "saved modules": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "biases": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "tokens": {"trainable_token_indices": [3, 5, 90]},
+    "dora": {"use_dora": True},
+    "dora and rslora": {"use_dora": True, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    "lora bias": {"lora_bias": True, "target_modules": ["q_proj", "k_proj", "o_proj"]},
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES)
+def test_bit_for_bit_in_16_bit(tmp_path: Path, case: str, dtype: str) -> None:
+    base, adapter, merged = build(tmp_path, getattr(torch, dtype), None, **CASES[case])
+    theirs = saved(merged, tmp_path / "theirs")
+    mine = ours(base, adapter, tmp_path / "mine")
+    assert set(mine) == set(theirs)
+    before = {name for name, tensor in theirs.items() if not torch.equal(tensor, mine[name])}
+    assert not before
+
+
+@pytest.mark.parametrize("adapter_dtype", ["bfloat16", "float16"])
+def test_bit_for_bit_with_adapters_of_16_bit(tmp_path: Path, adapter_dtype: str) -> None:
+    base, adapter, merged = build(tmp_path, torch.bfloat16, getattr(torch, adapter_dtype))
+    theirs = saved(merged, tmp_path / "theirs")
+    mine = ours(base, adapter, tmp_path / "mine")
+    assert all(torch.equal(theirs[name], mine[name]) for name in theirs)
+
+
+def test_within_the_order_of_the_sum_in_f32(tmp_path: Path) -> None:
+    """|error| <= (r + 3) 2^-24 (|W| + s sum |b||a|), spec/formats.md 2.2."""
+    from safetensors.torch import load_file
+
+    base, adapter, merged = build(tmp_path, torch.float32, None)
+    theirs = saved(merged, tmp_path / "theirs")
+    mine = ours(base, adapter, tmp_path / "mine")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    for name, tensor in theirs.items():
+        at = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{at}A.weight" not in factors:
+            assert torch.equal(tensor, mine[name])
+            continue
+        a, b = factors[f"{at}A.weight"].double(), factors[f"{at}B.weight"].double()
+        bound = (8 + 3) * 2.0**-24 * (tensor.double().abs() + 2 * 2.0 * (b.abs() @ a.abs()))
+        assert ((tensor.double() - mine[name].double()).abs() <= bound).all()
+
+
+TIED: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "neither": {"target_modules": ["q_proj"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_tied_embeddings_by_logits(tmp_path: Path, case: str) -> None:
+    """The merged folder, loaded by transformers, answers as base + adapter does (PEFT's own merge does not)."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, adapter, _ = build(tmp_path, torch.float32, None, tied=True, **TIED[case])
+    ids = torch.arange(1, 30).reshape(1, -1)
+    with torch.no_grad():
+        trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+        truth = trained(ids).logits
+        merge.execute(merge.plan(base, [(adapter, 1.0)]), tmp_path / "mine")
+        mine = AutoModelForCausalLM.from_pretrained(tmp_path / "mine")(ids).logits
+    assert verify.verify(tmp_path / "mine", base, [(adapter, 1.0)]).good
+    untied = case not in ("neither", "tokens")
+    assert json.loads((tmp_path / "mine" / "config.json").read_text())["tie_word_embeddings"] is not untied
+    # f32 through two layers; a delta gone astray shows as > 0.1
+    assert (mine - truth).abs().max() < 1e-4 * truth.abs().max()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_gpt2_whose_weights_are_transposed(tmp_path: Path, *, dora: bool) -> None:
+    """Conv1D stores (in, out): fan_in_fan_out decides, also for square weights; DoRA scales columns."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32)).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        init_lora_weights=False,
+        fan_in_fan_out=True,
+        use_dora=dora,
+    )
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    theirs = saved(merged, tmp_path / "theirs")
+    mine = ours(tmp_path / "base", tmp_path / "adapter", tmp_path / "mine")
+    for name, tensor in theirs.items():
+        off = (tensor.view(torch.int16).int() - mine[name].view(torch.int16).int()).abs()
+        # A norm of f32 summed in another order is off by some 2^-24, which turns one rounding to 2^-9 in about 2^14.
+        assert off.max() <= (1 if dora else 0)
+        assert (off > 0).sum() <= (1 if dora else 0)
+
+
+@pytest.mark.parametrize("case", ["lora_qv_r8", "lora_all_linear_r4", "rslora_all7_r16"])
+def test_golden_answers_of_stories260k(shared_data: Path, tmp_path: Path, case: str) -> None:
+    """Norms and logits that PEFT 0.21.2 gave on a real little model."""
+    from safetensors.numpy import load_file
+    from transformers import AutoModelForCausalLM
+
+    golden = shared_data / "known_answers" / "peft_merge_stories260K" / case
+    base = shared_data / "tiny_models" / "stories260K"
+    plan = merge.plan(base, [(golden, 1.0)], max_shard_size_bytes=200_000)
+    merge.execute(plan, tmp_path / "mine")
+    mine = {k: v for file in sorted((tmp_path / "mine").glob("*.safetensors")) for k, v in load_file(file).items()}
+    truth = json.loads((golden / "expected.json").read_text())
+    changed = {name for name, numbers in truth["tensors"].items() if numbers["changed"]}
+    assert changed == set(plan.changed)
+    tensors = {name: numbers for name, numbers in truth["tensors"].items() if name != "lm_head.weight"}  # tied
+    assert set(tensors) == set(mine)
+    for name, numbers in tensors.items():
+        assert np.linalg.norm(mine[name].astype(np.float64)) == pytest.approx(numbers["norm"], rel=1e-6)
+        assert mine[name].astype(np.float64).sum() == pytest.approx(numbers["sum"], abs=1e-3)
+    logits = load_file(golden / "expected_logits.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
+    with torch.no_grad():
+        found = model(torch.from_numpy(logits["input_ids"])).logits.numpy()
+    np.testing.assert_allclose(found, logits["merged_logits"], atol=1e-3)

@@ -1,0 +1,355 @@
+"""fastft.data.template: the same ids as transformers, and the mask on what the assistant says, for real templates.
+
+The templates are those of shared/data/chat_templates, on the Qwen2.5 and InternLM2 tokenizers, to which the marks of all
+templates are added as special tokens, as the models that the templates belong to have them.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastft.data.dialogue import Message
+from fastft.data.formats import BadRowError
+from fastft.data.template import ChatTemplate
+from fastft.errors import DataError
+
+MARKS = re.compile(r"<\|[a-z_]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|\[/?INST\]|\[gMASK\]")  # noqa: RUF001  DeepSeek's bars
+THINK = "<think>\n\n</think>\n\n"
+
+# file: what ends a turn, whether contents are stripped, what the assistant says first (in the last turn, in others)
+CHATML, GEMMA, LLAMA = ("<|im_end|>", False, "", ""), ("<end_of_turn>", True, "", ""), ("<|eot_id|>", True, "", "")
+PHI = ("<|end|>", False, "", "")
+TEMPLATES = {
+    "llama.cpp/Qwen-Qwen2.5-7B-Instruct.jinja": CHATML,
+    "llama.cpp/Qwen-Qwen3-0.6B.jinja": ("<|im_end|>", False, THINK, ""),
+    "llama.cpp/deepseek-ai-DeepSeek-R1-Distill-Qwen-32B.jinja": ("<｜end▁of▁sentence｜>", False, "", ""),  # noqa: RUF001
+    "llama.cpp/google-gemma-2-2b-it.jinja": GEMMA,
+    "llama.cpp/meta-llama-Llama-3.1-8B-Instruct.jinja": LLAMA,
+    "llama.cpp/meta-llama-Llama-3.2-3B-Instruct.jinja": LLAMA,
+    "llama.cpp/microsoft-Phi-3.5-mini-instruct.jinja": PHI,
+    "llama.cpp/mistralai-Mistral-Nemo-Instruct-2407.jinja": ("EOS", False, "", ""),
+    "onnxruntime/chatglm3_tokenizer_config.json": ("", False, "\n ", "\n "),
+    "onnxruntime/gemma3_chat_template.json": GEMMA,
+    "onnxruntime/phi3_tokenizer_config.json": PHI,
+    "trl/gemma.jinja": GEMMA,
+    "trl/gemma3.jinja": GEMMA,
+    "trl/gemma3_training.jinja": GEMMA,
+    "trl/gemma_training.jinja": GEMMA,
+    "trl/llama3.jinja": LLAMA,
+    "trl/llama3_1.jinja": LLAMA,
+    "trl/llama3_2.jinja": LLAMA,
+    "trl/llama3_training.jinja": LLAMA,
+    "trl/llava_next.jinja": ("</s>", False, "", ""),
+    "trl/llava_next_training.jinja": ("</s>", False, "", ""),
+    "trl/phi3.jinja": PHI,
+    "trl/phi3_5.jinja": PHI,
+    "trl/phi3_5_training.jinja": PHI,
+    "trl/phi3_training.jinja": PHI,
+    "trl/qwen2_5.jinja": CHATML,
+    "trl/qwen2_5_training.jinja": CHATML,
+    "trl/qwen2_5_vl.jinja": CHATML,
+    "trl/qwen2_5_vl_training.jinja": CHATML,
+    "trl/qwen3.jinja": ("<|im_end|>", False, THINK, ""),
+    "trl/qwen3_training.jinja": ("<|im_end|>", False, THINK, THINK),
+    "own": CHATML,
+}
+# Templates that take no system message (Gemma), or leave it out in silence.
+NO_SYSTEM = {
+    "llama.cpp/google-gemma-2-2b-it.jinja",
+    "trl/gemma.jinja",
+    "trl/gemma_training.jinja",
+    "onnxruntime/phi3_tokenizer_config.json",
+    "llama.cpp/mistralai-Mistral-Nemo-Instruct-2407.jinja",
+}
+
+
+def said(*texts: str, system: str | None = None) -> list[Message]:
+    """A dialogue of question, answer, question, answer; all answers are learned."""
+    start = [] if system is None else [Message("system", system)]
+    return start + [
+        Message("assistant", text, learn=True) if index % 2 else Message("user", text)
+        for index, text in enumerate(texts)
+    ]
+
+
+DIALOGUES = {
+    "single": said("Hello there", "Hi. How are you?"),
+    "chinese": said(
+        "\u4f60\u597d",
+        "\u4f60\u597d\uff01\u6709\u4ec0\u4e48\u53ef\u4ee5\u5e2e\u4f60\uff1f",
+        "\u8c22\u8c22",
+        "\u4e0d\u5ba2\u6c14",
+    ),
+    "alike": said("A", "A", "A", "A", "A", "A"),
+    "white space": said("  a\n", " \n b  ", "\tc", "d \n\n"),
+    "template words": said("assistant\n", "user\nassistant: no", "model\n\nuser", "<b>bold</b> & {{x}} {% y %}"),
+    "system": said("Hi", "Hello", "Bye", "See you", system="You are brief."),
+}
+
+
+def template_text(folder: Path, name: str) -> str | None:
+    path = folder / "chat_templates" / name
+    if name == "own":
+        return None
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text)["chat_template"] if path.suffix == ".json" else text
+
+
+@pytest.fixture(scope="module", params=["qwen2.5", "internlm2"])
+def real_tokenizer(request: pytest.FixtureRequest, shared_data: Path) -> Any:
+    """A real tokenizer that knows the marks of every template; loaded once."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / request.param)
+    marks = {mark for name in TEMPLATES for mark in MARKS.findall(template_text(shared_data, name) or "")}
+    tokenizer.add_tokens(sorted(marks), special_tokens=True)
+    if tokenizer.bos_token is None:
+        tokenizer.add_special_tokens({"bos_token": "<|endoftext|>"})  # Qwen has none, Llama's template demands one
+    return tokenizer
+
+
+@pytest.fixture
+def tokenizer(real_tokenizer: Any) -> Iterator[Any]:
+    """The tokenizer, with its own template put back at the end."""
+    own = real_tokenizer.chat_template
+    yield real_tokenizer
+    real_tokenizer.chat_template = own
+
+
+def with_template(tokenizer: Any, folder: Path, name: str) -> ChatTemplate:
+    text = template_text(folder, name)
+    if text is not None:
+        tokenizer.chat_template = text
+    return ChatTemplate(tokenizer)
+
+
+def as_dicts(messages: Sequence[Message], name: str) -> list[dict[str, Any]]:
+    """What transformers is given; llava's template takes contents in parts only."""
+    if "llava" in name:
+        return [{"role": m.role, "content": [{"type": "text", "text": m.content}]} for m in messages]
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+def learned_texts(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[str]:
+    """The learned runs, decoded."""
+    runs: list[list[int]] = []
+    for place, (token, learned) in enumerate(zip(ids, mask, strict=True)):
+        if learned and (place == 0 or not mask[place - 1]):
+            runs.append([])
+        if learned:
+            runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_equal_transformers_and_answers_are_learned(
+    tokenizer: Any, shared_data: Path, name: str, dialogue: str
+) -> None:
+    template, messages = with_template(tokenizer, shared_data, name), DIALOGUES[dialogue]
+    if dialogue == "system" and name in NO_SYSTEM:
+        with pytest.raises(BadRowError, match=r"System role not supported|leaves out the text of turn 1 \(system\)"):
+            template.encode(messages)
+        return
+    ids, mask = template.encode(messages)
+    assert ids.tolist() == tokenizer.apply_chat_template(as_dicts(messages, name), return_dict=False)
+    assert mask.shape == ids.shape
+
+    end, strips, lead_last, lead = TEMPLATES[name]
+    end = tokenizer.eos_token if end == "EOS" else end
+    text, spans = template.learned_spans(messages)
+    answers = [message.content for message in messages if message.learn]
+    expected = [
+        (lead_last if index == len(answers) - 1 else lead) + (answer.strip() if strips else answer) + end
+        for index, answer in enumerate(answers)
+    ]
+    if "llava" in name:  # the template writes " ANSWER</s> "; the model's first token is the blank
+        expected = [f" {answer}" for answer in expected]
+    assert [text[start:stop] for start, stop in spans] == expected
+    if end in tokenizer.get_added_vocab() and dialogue != "white space":
+        # White space melts into one token with the template's own, which then belongs to where it starts.
+        # InternLM2's decoder turns the low bars inside DeepSeek's marks into blanks.
+        learned = learned_texts(tokenizer, ids.tolist(), mask.tolist())
+        assert [run.replace("\u2581", " ") for run in learned] == [run.replace("\u2581", " ") for run in expected]
+    assert template.end_of_turn == end
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name.endswith("_training.jinja")])
+def test_the_mask_is_that_of_templates_with_generation_tags(tokenizer: Any, shared_data: Path, name: str) -> None:
+    """trl's training templates mark what is learned themselves; they count white space and eos after the end too."""
+    template = with_template(tokenizer, shared_data, name)
+    for key in ("single", "chinese", "alike"):
+        messages = DIALOGUES[key]
+        ids, mask = template.encode(messages)
+        theirs = tokenizer.apply_chat_template(
+            as_dicts(messages, name), return_dict=True, return_assistant_tokens_mask=True
+        )["assistant_masks"]
+        more = [
+            token for token, ours, other in zip(ids.tolist(), mask.tolist(), theirs, strict=True) if other and not ours
+        ]
+        less = [
+            token for token, ours, other in zip(ids.tolist(), mask.tolist(), theirs, strict=True) if ours and not other
+        ]
+        assert not tokenizer.decode(more).replace(tokenizer.eos_token, "").strip()
+        # llava's template has the blank before the answer outside its tags.
+        assert not tokenizer.decode(less).strip()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_is_what_transformers_opens(tokenizer: Any, shared_data: Path, name: str) -> None:
+    template = with_template(tokenizer, shared_data, name)
+    messages = DIALOGUES["alike"][:3]
+    expected = tokenizer.apply_chat_template(as_dicts(messages, name), add_generation_prompt=True, return_dict=False)
+    assert template.prompt(messages) == expected
+
+
+@pytest.mark.parametrize("name", ["llama.cpp/Qwen-Qwen3-0.6B.jinja", "trl/qwen3.jinja"])
+def test_rewritten_turns_are_found(tokenizer: Any, shared_data: Path, name: str) -> None:
+    """Qwen3 drops what earlier turns thought and rewrites the white space around the last turn's thoughts."""
+    template = with_template(tokenizer, shared_data, name)
+    messages = said("q", "<think>\nsecret\n</think>\n\nA1", "r", "<think>open</think>\nA2")
+    ids, mask = template.encode(messages)
+    assert ids.tolist() == tokenizer.apply_chat_template(as_dicts(messages, name), return_dict=False)
+    assert learned_texts(tokenizer, ids.tolist(), mask.tolist()) == [
+        "A1<|im_end|>",
+        "<think>\nopen\n</think>\n\nA2<|im_end|>",
+    ]
+
+
+def test_turns_that_are_not_learned_are_masked(tokenizer: Any, shared_data: Path) -> None:
+    template = with_template(tokenizer, shared_data, "own")
+    messages = said("q", "first", "r", "second")
+    messages[1] = Message("assistant", "first", learn=False)
+    ids, mask = template.encode(messages)
+    assert learned_texts(tokenizer, ids.tolist(), mask.tolist()) == ["second<|im_end|>"]
+
+
+def test_tool_calls_are_learned(tokenizer: Any, shared_data: Path) -> None:
+    template = with_template(tokenizer, shared_data, "trl/qwen2_5.jinja")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    tools = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]
+    messages = [
+        Message("user", "1+1?"),
+        Message("assistant", "", learn=True, tool_calls=(call,)),
+        Message("tool", "2"),
+        Message("assistant", "Two", learn=True),
+    ]
+    ids, mask = template.encode(messages, tools)
+    dicts = as_dicts(messages, "")
+    dicts[1]["tool_calls"] = [call]
+    assert ids.tolist() == tokenizer.apply_chat_template(dicts, tools=tools, return_dict=False)
+    assert learned_texts(tokenizer, ids.tolist(), mask.tolist()) == [
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
+        "Two<|im_end|>",
+    ]
+
+
+def test_a_token_across_a_border_belongs_to_where_it_starts(shared_data: Path) -> None:
+    """Qwen joins the template's line end with the answer's, and a full stop with the line ends after it."""
+    from transformers import AutoTokenizer
+
+    qwen = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "qwen2.5")
+    assert [qwen.decode([token]) for token in qwen("a\n\nb.\n\n")["input_ids"]] == ["a", "\n\n", "b", ".\n\n"]
+    qwen.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{{ m.content }}.\n\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    template = ChatTemplate(qwen)
+    text, spans = template.learned_spans(said("a", "\nb"))
+    assert [text[start:end] for start, end in spans] == ["\nb."]
+    ids, mask = template.encode(said("a", "\nb"))
+    assert learned_texts(qwen, ids.tolist(), mask.tolist()) == ["b.\n\n"]
+
+
+def test_stop_tokens(tokenizer: Any, shared_data: Path) -> None:
+    template = with_template(tokenizer, shared_data, "own")
+    expected = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
+    assert set(template.stop_token_ids) == expected
+    assert template.learns_to_stop
+
+
+def test_a_template_that_ends_with_eos_only_teaches_to_stop_in_the_last_turn(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant:\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    template = ChatTemplate(tokenizer)
+    text, spans = template.learned_spans(said("a", "b", "c", "d"))
+    assert [text[start:end] for start, end in spans] == ["b", "d\n\n" + tokenizer.eos_token]
+    assert template.learns_to_stop
+
+
+def test_a_template_without_any_end_says_so(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert not ChatTemplate(tokenizer).learns_to_stop
+
+
+def test_a_dialogue_that_begins_with_the_assistant(tokenizer: Any, shared_data: Path) -> None:
+    template = with_template(tokenizer, shared_data, "own")
+    messages = [Message("assistant", "Welcome", learn=True), *said("a", "b")]
+    ids, mask = template.encode(messages)
+    assert learned_texts(tokenizer, ids.tolist(), mask.tolist()) == ["Welcome<|im_end|>", "b<|im_end|>"]
+
+
+def test_without_a_template_there_is_a_clear_error_or_the_fallback(tokenizer: Any) -> None:
+    own, tokenizer.chat_template = tokenizer.chat_template, None
+    with pytest.raises(DataError, match=r"has none; set model\.chat_template"):
+        ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, own)
+    assert template.text == own
+    ids, _ = template.encode(DIALOGUES["single"])
+    tokenizer.chat_template = own
+    assert ids.tolist() == tokenizer.apply_chat_template(as_dicts(DIALOGUES["single"], ""), return_dict=False)
+
+
+def test_the_tokenizers_own_template_wins(tokenizer: Any) -> None:
+    assert ChatTemplate(tokenizer, "{{ 1/0 }}").text == tokenizer.chat_template
+
+
+def test_a_template_that_takes_nothing_is_refused(tokenizer: Any) -> None:
+    for text in ("{{ raise_exception('never') }}", "{{ messages[0].missing.field }}", "{% if %}", "no contents"):
+        tokenizer.chat_template = text
+        with pytest.raises(DataError, match="does not take one question and one answer"):
+            ChatTemplate(tokenizer)
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Co"]), min_size=1).filter(str.strip) | st.sampled_from(
+    [
+        "<|im_end|>",
+        "<|im_start|>assistant\n",
+        " a ",
+        "\n",
+        "<think>",
+        "</think>\n\n",
+        "a\u0301 \U0001f468\u200d\U0001f469",
+    ]
+)
+
+
+@given(texts=st.lists(TEXTS, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("name", ["own", "trl/qwen3.jinja", "trl/gemma3.jinja"])
+def test_any_text_is_found_again(real_tokenizer: Any, shared_data: Path, name: str, texts: list[str]) -> None:
+    """Whatever people and models say, also the template's own marks: ids are transformers', each answer is learned."""
+    own = real_tokenizer.chat_template
+    try:
+        template = with_template(real_tokenizer, shared_data, name)
+        messages = said(*texts)
+        ids, mask = template.encode(messages)
+        assert ids.tolist() == real_tokenizer.apply_chat_template(as_dicts(messages, name), return_dict=False)
+        text, spans = template.learned_spans(messages)
+        assert len(spans) == len(texts) // 2
+        assert mask.any()
+        if name == "own":
+            assert [text[start:end] for start, end in spans] == [f"{answer}<|im_end|>" for answer in texts[1::2]]
+        if name == "trl/gemma3.jinja":
+            # Jinja's trim is Python's strip.
+            assert [text[start:end] for start, end in spans] == [f"{a.strip()}<end_of_turn>" for a in texts[1::2]]
+    finally:
+        real_tokenizer.chat_template = own

@@ -1,0 +1,229 @@
+"""Recipe names: every one that `list-cfg` prints becomes a checked config; XTuner's names resolve; search and start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastft.config import recipes, tree
+from fastft.config.load import load
+from fastft.config.schema import Config
+from fastft.errors import ConfigError
+
+CONFIGS = Path(recipes.__file__).parent.parent / "configs"
+
+
+def test_every_name_that_is_listed_makes_a_config():
+    names = recipes.names()
+    assert len(names) > 5000
+    assert len(set(names)) == len(names)
+    for name in names:
+        config = Config.model_validate(recipes.find(name))
+        assert config.name == name
+
+
+def test_every_part_loads_as_the_command_loads_it():
+    """`load` costs ten times as much as the check above: here each model once and each method with each data set."""
+    loaded = set()
+    for name in recipes.names():
+        if name == "demo":
+            continue
+        recipe = recipes.parts(name)
+        met = {recipe.model.name, (recipe.method, recipe.data.name)}
+        if met <= loaded:
+            continue
+        loaded |= met
+        config = load(name).config
+        assert config.method.kind == recipe.method
+        assert config.task == recipe.data.task
+        assert config.train.epochs == recipe.data.epochs
+        assert (config.name, config.output.dir) == (name, f"work_dirs/{name}")
+    assert loaded >= recipes.models().keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Names of XTuner v0.1.23 for the models and data that we carry, all families.
+        "internlm_7b_qlora_alpaca_e3",
+        "internlm_7b_qlora_oasst1_512_e3",
+        "internlm_chat_7b_qlora_colorist_e5",
+        "internlm_chat_20b_qlora_lawyer_e3",
+        "internlm_20b_qlora_alpaca_enzh_oasst1_e3",
+        "internlm_7b_full_alpaca_e3",
+        "internlm_7b_qlora_openorca_e1",
+        "internlm_7b_qlora_medical_e1",
+        "internlm2_1_8b_full_alpaca_e3",
+        "internlm2_7b_qlora_arxiv_gentitle_e3",
+        "internlm2_chat_1_8b_qlora_alpaca_e3",
+        "internlm2_chat_7b_qlora_alpaca_e3",
+        "internlm2_chat_7b_qlora_code_alpaca_e3",
+        "internlm2_chat_20b_qlora_oasst1_512_e3",
+        "internlm2_chat_7b_full_finetune_custom_dataset_e1",
+        "internlm2_5_chat_7b_qlora_oasst1_e3",
+        "internlm2_5_chat_7b_qlora_alpaca_e3",
+        "llama2_7b_chat_qlora_sql_e3",
+        "llama2_7b_qlora_open_platypus_e3",
+        "llama2_7b_full_alpaca_e3",
+        "llama2_70b_qlora_custom_sft_e1",
+        "llama3_8b_instruct_qlora_alpaca_e3",
+        "llama3_70b_instruct_qlora_alpaca_e3_2k_gpu8",
+        "mistral_7b_full_custom_pretrain_e1",
+        "mistral_7b_qlora_custom_sft_e1",
+        "qwen1_5_0_5b_qlora_alpaca_e3",
+        "qwen1_5_110b_chat_qlora_alpaca_e3_16k_2gpus",
+        "qwen1_5_110b_chat_full_custom_sft_e1",
+        "gemma_2b_it_qlora_alpaca_e3",
+        "gemma_7b_full_custom_pretrain_e1",
+        "yi_34b_qlora_custom_sft_e1",
+        "yi_6b_qlora_alpaca_enzh_e3",
+        "chatglm3_6b_base_qlora_alpaca_zh_e3",
+        "chatglm3_6b_qlora_alpaca_e3",
+        "phi3_mini_4k_instruct_qlora_alpaca_e3",
+        "phi3_mini_128k_instruct_full_alpaca_e3",
+    ],
+)
+def test_names_of_xtuner_resolve(name):
+    assert load(name).config.name == name
+
+
+def test_a_name_is_read_as_the_readme_says():
+    config = load("internlm2_chat_7b_qlora_oasst1_512_e5_gpu8").config
+    assert config.model.name == "internlm/internlm2-chat-7b"
+    assert config.data.max_length == 512
+    assert config.train.epochs == 5
+    assert (config.data.train[0].source, config.data.train[0].format) == (
+        "timdettmers/openassistant-guanaco",
+        "guanaco",
+    )
+    assert load("llama3_70b_instruct_qlora_alpaca_e3_2k_gpu8").config.data.max_length == 2048
+
+
+def test_the_longest_part_wins():
+    assert recipes.parts("internlm2_7b_qlora_alpaca_zh").data.name == "alpaca_zh"
+    assert recipes.parts("internlm2_7b_qlora_alpaca_enzh_oasst1").data.name == "alpaca_enzh_oasst1"
+    assert recipes.parts("internlm2_chat_1_8b_sft_qlora_alpaca").model.name == "internlm2_chat_1_8b_sft"
+    assert recipes.parts("yi_34b_200k_qlora_alpaca").model.name == "yi_34b_200k"
+
+
+def test_methods_set_their_usual_rate():
+    assert load("internlm2_7b_full_alpaca").config.train.lr == 2e-5
+    assert load("internlm2_7b_lora_alpaca").config.train.lr == 2e-4
+    assert load("internlm2_7b_qlora_alpaca").config.train.lr == 2e-4
+
+
+def test_find_gives_plain_values():
+    found = recipes.find("internlm2_7b_full_alpaca_e2")
+    assert found["name"] == "internlm2_7b_full_alpaca_e2"
+    assert found["model"] == {"chat_template": "internlm2_chat", "name": "internlm/internlm2-7b"}
+    assert found["method"] == {"kind": "full"}
+    assert found["train"]["epochs"] == 2
+
+
+def test_the_demo_is_its_named_recipe():
+    config = load("demo").config
+    assert (config.name, config.model.name, config.method.kind) == ("demo", "demo", "qlora")
+    assert config.data.train[0].source == "demo/chat"
+    scratch = load("demo_scratch_full_demo_text").config
+    assert (scratch.model.name, scratch.model.init, scratch.task) == ("demo", "random", "pretrain")
+    assert scratch.data.train[0].source == "demo/text"
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("internlm2_chat_7b_qlora_alpca_e3", "internlm2_chat_7b_qlora_alpaca_e3"),
+        ("internlm2_chat_7b_qlroa_alpaca_e3", "internlm2_chat_7b_qlora_alpaca_e3"),
+        ("Internlm2_Chat_7b_QLoRA_Alpaca_E3", "internlm2_chat_7b_qlora_alpaca_e3"),
+        ("internlm2-chat-7b", "internlm2_chat_7b_full_alpaca_e3"),
+        ("internlm2_chat_7b_qlora_alpaca_e0", "internlm2_chat_7b_qlora_alpaca_e3"),
+        ("internlm2_chat_7b_qlora_alpaca_e3_e4", "internlm2_chat_7b_qlora_alpaca_e3"),
+        ("internlm2_chat_7b_qlora_alpaca_", "internlm2_chat_7b_qlora_alpaca_e3"),
+        ("demos", "demo"),
+    ],
+)
+def test_a_name_that_is_none_gets_a_suggestion(name, suggestion):
+    with pytest.raises(ConfigError, match="no such recipe; did you mean") as caught:
+        recipes.find(name)
+    assert suggestion in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "_", "qlora", "../data/alpaca", "recipes/demo", "\0", "x" * 2000])
+def test_no_name_reads_a_file_elsewhere(name):
+    with pytest.raises(ConfigError, match="no such recipe"):
+        recipes.tree(name)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "first"),
+    [
+        ("internlm2 chat 7b qlora alpaca", "internlm2_chat_7b_qlora_alpaca_e3"),
+        ("InternLM2-Chat-7B", "internlm2_chat_7b_full_alpaca_e3"),
+        ("qwen2.5 7b instruct lora sql", "qwen2_5_7b_instruct_lora_sql_e3"),
+        ("internlm2chat7bqlora", "internlm2_chat_7b_qlora_alpaca_e3"),
+        ("sql yi_6b lora", "yi_6b_lora_sql_e3"),
+        ("intrnlm2 chat 7b qlora oast1", "internlm2_chat_7b_qlora_oasst1_e3"),
+        ("demo", "demo"),
+    ],
+)
+def test_search_puts_the_best_first(pattern, first):
+    assert recipes.search(pattern)[0] == first
+
+
+def test_search_finds_nothing_in_nonsense_and_all_in_nothing():
+    assert recipes.search("zzzzzz") == []
+    assert recipes.search("  ") == recipes.names()
+
+
+def test_a_substring_comes_before_what_is_alike():
+    found = recipes.search("llama2_7b")
+    assert all("llama2_7b" in name for name in found)
+
+
+def test_names_read_quickly_are_those_that_yaml_holds():
+    for path in CONFIGS.glob("models/*.yaml"):
+        family = tree.plain(tree.parse(path.read_text(encoding="utf-8"), str))
+        assert family.keys() <= {"base", "chat", "scratch", "all"}
+        for kind in family.keys() - {"all"}:
+            quick = {name for name, part in recipes.models().items() if part.family == path.stem and part.kind == kind}
+            assert quick == family[kind].keys(), path
+    for path in CONFIGS.glob("data/*.yaml"):
+        data = tree.plain(tree.parse(path.read_text(encoding="utf-8"), str))
+        part = recipes.data_sets()[path.stem]
+        assert (part.task, part.epochs) == (data["task"], data["train"]["epochs"])
+    assert set(recipes.METHODS) == {path.stem for path in CONFIGS.glob("methods/*.yaml")}
+
+
+def test_parts_are_small_and_explained():
+    paths = list(CONFIGS.glob("*/*.yaml"))
+    assert len(paths) > 40
+    for path in paths:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 30, path
+        assert lines[0].startswith("# "), path
+
+
+def test_no_two_models_share_an_id():
+    ids = [
+        load(f"{name}_full_alpaca").config.model.name
+        for name, part in recipes.models().items()
+        if part.kind != "scratch"
+    ]
+    assert len(set(ids)) == len(ids)
+
+
+def test_remote_code_runs_only_where_nothing_else_reads_the_model():
+    remote = {name for name in recipes.models() if load(f"{name}_full_alpaca").config.model.trust_remote_code}
+    assert remote == {"chatglm3_6b", "chatglm3_6b_32k", "chatglm3_6b_base"}
+
+
+def test_listing_imports_no_yaml_no_pydantic_no_torch():
+    code = (
+        "import sys; from fastft.config import recipes; recipes.search('internlm2 qlora'); recipes.names();"
+        "print(sorted({'torch', 'transformers', 'pydantic', 'ruamel'} & {m.split('.')[0] for m in sys.modules}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"

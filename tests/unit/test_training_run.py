@@ -1,0 +1,191 @@
+"""A run from config to files: each task with each method learns, and leaves what the README says."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny_run
+from fastft.errors import ConfigError, DataError, FileError, TrainingError
+from fastft.training import checkpoint, run
+from fastft.training.trainer import FastftTrainer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "sft": tiny_run.write_dialogues(folder / "dialogues.jsonl"),
+        "pretrain": tiny_run.write_texts(folder / "texts.jsonl"),
+    }
+
+
+def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("task", ["pretrain", "sft"])
+def test_the_loss_falls_and_the_files_are_there(
+    task: str, kind: str, model: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    packing = {"data__packing": True} if kind == "lora" else {}
+    config = tiny_run.config(
+        model, data[task], task=task, kind=kind, samples__prompts=("Basket",), samples__max_new_tokens=2, **packing
+    )
+    done = run.run(config, work_dir=tmp_path / "run")
+    losses = [line["loss"] for line in _metrics(done.run_dir)]
+    assert len(losses) == 6
+    assert losses[-1] < 0.95 * losses[0]
+    assert done.loss == losses[-1]
+    folder = "model" if kind == "full" else "adapter"
+    assert done.artifact == tmp_path / "run" / folder
+    weights = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    for name in (weights, "tokenizer.json", "chat_template.jinja", "fastft_training.json"):
+        assert (done.artifact / name).is_file(), name
+    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "log.txt", "checkpoint-6"):
+        assert (done.run_dir / name).exists(), name
+    assert (done.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(done.run_dir.rglob("training_args.bin"))
+    assert not [f for f in done.run_dir.iterdir() if f.name.startswith(".")]
+    record = json.loads((done.artifact / "fastft_training.json").read_text())
+    assert (record["task"], record["method"], record["base"]["name"]) == (task, kind, str(model.resolve()))
+    assert (record["quantization"] is not None) == (kind == "qlora")
+
+
+def test_the_record_of_a_quantized_base(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    config = tiny_run.config(
+        model,
+        data["sft"],
+        kind="qlora",
+        method__quantization={"type": "fp4", "double_quant": False},
+        train__max_steps=1,
+    )
+    done = run.run(config, work_dir=tmp_path / "run")
+    record = json.loads((done.run_dir / "fastft_training.json").read_text())
+    assert record["quantization"] == {
+        "type": "fp4",
+        "double_quant": False,
+        "blocksize": 64,
+        "compute_dtype": "float32",
+        "weights_dtype": "float32",
+        "skip": ["lm_head"],
+    }
+
+
+def test_log_txt_holds_what_was_said(
+    model: Path, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run.config(model, data["sft"], train__max_steps=1, samples__prompts=("Basket",))
+    run.run(config, work_dir=tmp_path / "run")
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert (tmp_path / "run" / "log.txt").read_text() == said.err
+    assert "answers before the training" in said.err
+    assert "weights are trained" in said.err
+
+
+def test_dry_run_trains_and_leaves_nothing(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    run.dry_run(tiny_run.config(model, data["sft"]), work_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_nan_stops_the_run_and_keeps_the_checkpoints(
+    model: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = FastftTrainer.compute_loss
+
+    def spoiled(self: FastftTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(FastftTrainer, "compute_loss", spoiled)
+    config = tiny_run.config(model, data["sft"], output__save_steps=2)
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan.*checkpoint-2 is whole: --resume auto"):
+        run.run(config, work_dir=tmp_path / "run")
+    assert [found.step for found in checkpoint.find(tmp_path / "run")] == [2]
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
+    number: signal.Signals,
+    code: int,
+    model: Path,
+    data: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    step = FastftTrainer.training_step
+
+    def interrupted(self: FastftTrainer, *args: Any) -> Any:
+        if self.state.global_step == 2:
+            signal.raise_signal(number)
+        return step(self, *args)
+
+    monkeypatch.setattr(FastftTrainer, "training_step", interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        run.run(tiny_run.config(model, data["sft"]), work_dir=tmp_path / "run")
+    assert stopped.value.code == code
+    assert signal.getsignal(number) is before
+    assert [found.step for found in checkpoint.find(tmp_path / "run")] == [3]
+    said = capsys.readouterr().err
+    assert "stopped after step 3" in said
+    assert "--resume auto" in said
+
+
+def test_a_run_is_not_overwritten(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    config = tiny_run.config(model, data["sft"], train__max_steps=1)
+    run.run(config, work_dir=tmp_path / "run")
+    with pytest.raises(FileError, match=r"holds a finished run \(adapter/\); --resume auto .*another --work-dir"):
+        run.run(config, work_dir=tmp_path / "run")
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
+    import errno
+
+    def fill(folder: Path) -> None:
+        (folder / "half").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(FileError, match=r"cannot be written: No space left on device; .* MB are free there"):
+        checkpoint.save(tmp_path, 7, fill, {})
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith("checkpoint") or "partial" in f.name]
+
+
+def test_older_checkpoints_go_when_the_newer_are_there(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        checkpoint.save(tmp_path, step, lambda folder: None, {})  # noqa: ARG005
+    (tmp_path / "checkpoint-10" / checkpoint.MANIFEST).unlink()
+    checkpoint.keep_newest(tmp_path, 1)
+    # The broken one stays to be looked at and does not count as the one to keep.
+    assert sorted(f.name for f in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_the_order_of_refusals(model: Path, tmp_path: Path) -> None:
+    """Path before config before data before weights."""
+    missing = tmp_path / "missing.jsonl"
+    (tmp_path / "file").write_text("")
+    config = tiny_run.config(model, missing)
+    with pytest.raises(FileError, match="this is a file; choose another --work-dir"):
+        run.run(config, work_dir=tmp_path / "file")
+    with pytest.raises((DataError, FileError), match=r"missing\.jsonl"):
+        run.run(config, work_dir=tmp_path / "run")
+    bare = tiny_run.write_model(tmp_path / "bare", chat_template=None)
+    with pytest.raises(ConfigError, match="no chat template, so a dialogue has no form"):
+        run.run(tiny_run.config(bare, tiny_run.write_dialogues(tmp_path / "d.jsonl")), work_dir=tmp_path / "run")
+    # None of these refusals counts as a run that must not be overwritten.
+    done = run.run(
+        tiny_run.config(model, tiny_run.write_dialogues(tmp_path / "d.jsonl"), train__max_steps=1),
+        work_dir=tmp_path / "run",
+    )
+    assert done.steps == 1
