@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastft import console
+from fastft.convert import clip
 from fastft.convert.adapter import read_adapter
 from fastft.convert.arithmetic import BLOCK_ELEMENTS, Arithmetic, row_bytes
 from fastft.convert.folder import existing_folder, read_checkpoint, read_weights
@@ -103,7 +104,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-def verify(merged: Path, base: Path, adapters: Sequence[tuple[Path, float]]) -> VerifyReport:
+def verify(merged: Path, base: Path, adapters: Sequence[tuple[Path, float]], *, is_clip: bool = False) -> VerifyReport:
     """Compute every tensor of `merged` again from the base and the adapters, and compare.
 
     The dtypes of `merged` are taken as they are: a merge with `--dtype fp16` is compared in fp16.
@@ -113,9 +114,8 @@ def verify(merged: Path, base: Path, adapters: Sequence[tuple[Path, float]]) -> 
     """
     merged = existing_folder(merged, "the merged model")
     written, _ = read_weights(merged)
-    planned = planned_tensors(
-        read_checkpoint(base), [(read_adapter(folder), weight) for folder, weight in adapters], None
-    )
+    checkpoint = clip.vision_part(read_checkpoint(base)) if is_clip else read_checkpoint(base)
+    planned = planned_tensors(checkpoint, [(read_adapter(folder), weight) for folder, weight in adapters], None)
     checks: list[TensorCheck] = []
     total = sum(tensor.nbytes for tensor in planned)
     done = 0
