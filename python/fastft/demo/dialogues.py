@@ -81,7 +81,7 @@ TOO_HARD = (
     "How is the weather?",
     "What is the weather today?",
     "Will it rain today?",
-    "Who won the game?",
+    "Who won the race?",
     "Write a poem about the sea.",
     "Write a song.",
     "Write some code for me.",
