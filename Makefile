@@ -53,6 +53,10 @@ demo: $(BUILT)
 	@echo "your data:   $(FASTFT) copy-cfg demo my.yaml   then edit data.train and: $(FASTFT) train my.yaml"
 	@echo "real models: $(FASTFT) list-cfg -p qlora"
 
+# Makes the embedded model again, from nothing (about 20 minutes).
+demo-base: $(BUILT)
+	$(BIN)/python -m fastft.demo.make python/fastft/demo/base
+
 test: $(BUILT) check-rust check-python pytest
 
 check-rust:
@@ -68,7 +72,11 @@ check-python: $(BUILT)
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy.stubtest fastft._native
 
-pytest: $(BUILT)
+py# Makes the embedded model again, from nothing (about 20 minutes).
+demo-base: $(BUILT)
+	$(BIN)/python -m fastft.demo.make python/fastft/demo/base
+
+test: $(BUILT)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile
 
 test-all: $(BUILT) check-rust check-python
