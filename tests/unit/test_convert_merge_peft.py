@@ -182,6 +182,49 @@ def test_gpt2_whose_weights_are_transposed(tmp_path: Path, *, dora: bool) -> Non
         assert (off > 0).sum() <= (1 if dora else 0)
 
 
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("prefix", ["vision_model.", ""])
+def test_clip_vision_tower(tmp_path: Path, prefix: str, *, full: bool) -> None:
+    """An adapter of CLIPVisionModel, named as transformers 4 or 5 does, onto a full CLIP or the tower alone."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = sizes | {"image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=sizes | {"vocab_size": 60})).save_pretrained(
+        tmp_path / "full"
+    )
+    tower = CLIPVisionModel.from_pretrained(tmp_path / "full")
+    tower.save_pretrained(tmp_path / "tower")
+    base = tmp_path / ("full" if full else "tower")
+    (base / "preprocessor_config.json").write_text("{}")
+    (base / "tokenizer.json").write_text("{}")
+    lora = LoraConfig(target_modules=["q_proj", "fc1"], r=4, init_lora_weights=False)
+    get_peft_model(tower, lora).save_pretrained(tmp_path / "adapter")
+    pixels = torch.randn(1, 3, 16, 16)
+    trained = PeftModel.from_pretrained(CLIPVisionModel.from_pretrained(tmp_path / "tower"), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    at = "base_model.model."
+    renamed = {
+        at + prefix + key.removeprefix(at).removeprefix("vision_model."): t for key, t in load_file(file).items()
+    }
+    save_file(renamed, file)
+    adapters = [(tmp_path / "adapter", 1.0)]
+    merge.execute(merge.plan(base, adapters, is_clip=True), tmp_path / "merged")
+    assert verify.verify(tmp_path / "merged", base, adapters, is_clip=True).good
+    assert not (tmp_path / "merged" / "tokenizer.json").exists()
+    assert (tmp_path / "merged" / "preprocessor_config.json").exists()
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "clip_vision_model"
+    model, told = CLIPVisionModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    with torch.no_grad():
+        found, truth = model(pixels).last_hidden_state, trained(pixel_values=pixels).last_hidden_state
+    assert (found - truth).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("case", ["lora_qv_r8", "lora_all_linear_r4", "rslora_all7_r16"])
 def test_golden_answers_of_stories260k(shared_data: Path, tmp_path: Path, case: str) -> None:
     """Norms and logits that PEFT 0.21.2 gave on a real little model."""

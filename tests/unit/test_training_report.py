@@ -35,8 +35,10 @@ def test_the_plot_is_a_png_or_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
-def test_smoothing_starts_without_bias_and_follows() -> None:
-    assert report.smooth([4.0]) == pytest.approx([4.0])
-    assert report.smooth([2.0] * 9) == pytest.approx([2.0] * 9)
-    # Two values with weights 0.85 * 0.15 and 0.15, normalised.
-    assert report.smooth([1.0, 2.0])[1] == pytest.approx((0.85 * 1 + 2) / 1.85)
+def test_smoothing_neither_lags_nor_bends_a_straight_line() -> None:
+    assert report.smooth([4.0]) == [4.0]
+    straight = [float(value) for value in range(60)]
+    assert report.smooth(straight) == pytest.approx(straight)
+    # 40 points: a window of 5 around each; a single peak of 5 is spread to 1 over its neighbours.
+    peak = [0.0] * 20 + [5.0] + [0.0] * 19
+    assert report.smooth(peak)[17:24] == pytest.approx([0, 1, 1, 1, 1, 1, 0])

@@ -54,13 +54,12 @@ def merge(
             raise PlanError(
                 "convert merge: --device cuda is not there yet; the native stream (--device cpu) needs no GPU"
             )
-        if is_clip:
-            raise PlanError("convert merge: --is-clip is not there yet; only language models can be merged so far")
         plan = merging.plan(
             locate.model(Model(name=llm)),
             [(Path(adapter_path), 1.0), *[with_weight(text) for text in adapter]],
             dtype=dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
+            is_clip=is_clip,
         )
         if dry_run:
             console.result(plan.as_json() if json else plan.as_table())

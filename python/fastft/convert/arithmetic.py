@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     Float32 = NDArray[np.float32]
 
-# Elements that are worked on at once: some arrays of 4 bytes each make 64 MiB.
-BLOCK_ELEMENTS = 4 * 1024 * 1024
+# Elements that are worked on at once: some arrays of 4 bytes each stay below 32 MiB.
+BLOCK_ELEMENTS = 1024 * 1024
 
 
 class Arithmetic:

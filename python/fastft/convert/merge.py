@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastft import console, publish
+from fastft.convert import clip
 from fastft.convert.adapter import Adapter, read_adapter
 from fastft.convert.folder import Checkpoint, read_checkpoint
 from fastft.convert.model_config import ConfigEdits, edited_text
@@ -112,6 +113,7 @@ def plan(
     *,
     dtype: str = "auto",
     max_shard_size_bytes: int = DEFAULT_MAX_SHARD_SIZE_BYTES,
+    is_clip: bool = False,
 ) -> MergePlan:
     """Plan a merge; reads config files and headers, writes nothing.
 
@@ -121,13 +123,14 @@ def plan(
             updates are summed before the one rounding.
         dtype: auto (each tensor keeps the base's), bf16, fp16 or fp32 (all floating tensors).
         max_shard_size_bytes: greedy limit of a file of the result.
+        is_clip: the base is a CLIP model; only its vision tower is merged and written.
 
     Raises:
         FileError, CheckpointError, PlanError: what is missing, broken, or cannot be merged right.
     """
     if not adapters:
         raise UsageError("merge: no adapter given")
-    base = read_checkpoint(llm)
+    base = clip.vision_part(read_checkpoint(llm)) if is_clip else read_checkpoint(llm)
     tied = find_tied(base.config, base.tensors)
     read = tuple((read_adapter(folder), weight) for folder, weight in adapters)
     joined = _summed([(adapter, join(adapter, base, tied, weight)) for adapter, weight in read])
@@ -145,7 +148,7 @@ def plan(
         into_shards(sorted(tensors, key=lambda tensor: natural_order(tensor.name)), max_shard_size_bytes),
         frozenset([*joined.deltas, *joined.replaced, *joined.token_rows, *joined.shifts]),
         edits,
-        side_files(base.folder, [adapter.folder for adapter, _ in read]),
+        _side_files(base, [adapter.folder for adapter, _ in read], is_clip=is_clip),
         tuple(notes),
     )
 
@@ -186,6 +189,16 @@ def execute(plan: MergePlan, save_path: Path, *, force: bool = False) -> MergeRe
         num_checked,
         peak,
     )
+
+
+def _side_files(base: Checkpoint, winners: Sequence[Path], *, is_clip: bool) -> dict[str, Path]:
+    """Choose the side files; a vision tower takes its image processor along, but no tokenizer."""
+    chosen = side_files(base.folder, winners)
+    if not is_clip:
+        return chosen
+    return {
+        name: path for name, path in chosen.items() if "processor" in name or name.startswith(("LICENSE", "NOTICE"))
+    }
 
 
 def output_dtype(dtype: str) -> str | None:

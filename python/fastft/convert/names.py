@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from fastft.convert import internlm2
+from fastft.convert import clip, internlm2
 from fastft.convert.adapter import Adapter, LowRank
 from fastft.convert.folder import Checkpoint
 from fastft.convert.plan import Addend, Delta
@@ -135,6 +135,9 @@ def _targets(path: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[s
     """Find the tensors that an update of the module `path` belongs to; none: not found."""
     if f"{path}.weight" in shapes:
         return [_Target(f"{path}.weight")]
+    if config.get("model_type") == clip.VISION_TYPE:
+        # transformers 5 leaves the prefix out of the module's path, its files keep it.
+        return [_Target(f"{clip.PREFIX}{path}.weight")] if f"{clip.PREFIX}{path}.weight" in shapes else []
     layer = internlm2.split_layer(path)
     if internlm2.is_internlm2(config):
         if layer is not None and layer[1] in internlm2.PROJECTIONS and f"{layer[0]}{internlm2.FUSED}.weight" in shapes:
@@ -160,6 +163,8 @@ def _same_tensor(name: str, shapes: Mapping[str, tuple[int, ...]], config: Mappi
     """Find the one tensor of the base that a whole tensor of the adapter stands for."""
     if name in shapes:
         return name
+    if config.get("model_type") == clip.VISION_TYPE:
+        return f"{clip.PREFIX}{name}" if f"{clip.PREFIX}{name}" in shapes else None
     path, _, kind = name.rpartition(".")
     rename = internlm2.internlm2_name if internlm2.is_internlm2(config) else internlm2.llama_name
     own = rename(path)
