@@ -182,6 +182,71 @@ def test_gpt2_whose_weights_are_transposed(tmp_path: Path, *, dora: bool) -> Non
         assert (off > 0).sum() <= (1 if dora else 0)
 
 
+def vision_language_model(kind: str) -> Any:
+    """A random model of a class whose files are named otherwise than its parameters."""
+    import transformers
+
+    text = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64,
+    }  # fmt: skip
+    if kind == "llava":
+        config = transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**text),
+            vision_config=transformers.CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=16,
+                patch_size=8,
+            ),
+        )
+        return transformers.LlavaForConditionalGeneration(config)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen2VLConfig(
+        text_config=text | {"rope_parameters": rope},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8},
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_renamed_models(tmp_path: Path, kind: str, *, old_names: bool) -> None:
+    """Files in transformers 4's naming; adapters in that of 5, or of 4, which PEFT itself does not load any more."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    model = vision_language_model(kind).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(
+        target_modules=r".*(language_model|visual|vision_tower).*\.(q_proj|down_proj|qkv)", init_lora_weights=False
+    )
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    base = type(model).from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    theirs = saved(merged, tmp_path / "theirs")
+    if old_names:
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        to_old = {
+            "llava": ("model.language_model.", "language_model.model."),
+            "qwen2_vl": ("model.language_model.", "model."),
+        }
+        new, old = to_old[kind]
+        renamed = {
+            key.replace(f"base_model.model.{new}", f"base_model.model.{old}")
+            .replace("base_model.model.model.vision_tower.", "base_model.model.vision_tower.")
+            .replace("base_model.model.model.visual.", "base_model.model.visual."): tensor
+            for key, tensor in load_file(file).items()
+        }
+        save_file(renamed, file)
+    mine = ours(tmp_path / "base", tmp_path / "adapter", tmp_path / "mine")
+    assert set(mine) == set(theirs)
+    assert {name for name, tensor in theirs.items() if not torch.equal(tensor, mine[name])} == set()
+
+
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("prefix", ["vision_model.", ""])
 def test_clip_vision_tower(tmp_path: Path, prefix: str, *, full: bool) -> None:
