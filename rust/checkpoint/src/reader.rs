@@ -90,15 +90,24 @@ impl Input {
 
     /// Has the system copy at most `length` bytes from `start` into `target`; how many it copied, at least 1, or `None`
     /// where the file systems cannot do it.
-    pub(crate) fn copy_to(&self, target: &File, start: u64, offset: u64, length: u64) -> Result<Option<u64>> {
+    pub(crate) fn copy_to(
+        &self,
+        (target, target_path): (&File, &Path),
+        start: u64,
+        offset: u64,
+        length: u64,
+    ) -> Result<Option<u64>> {
         let (mut start, mut offset) = (start, offset);
         let length_now = usize::try_from(length).unwrap_or(usize::MAX);
         match rustix::fs::copy_file_range(&self.file, Some(&mut start), target, Some(&mut offset), length_now) {
             Ok(0) => Err(self.ends_before(start.saturating_add(length))),
             Ok(copied) => Ok(Some(copied as u64)),
             Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM) => Ok(None),
-            Err(Errno::INTR) => self.copy_to(target, start, offset, length),
-            Err(errno) => Err(Error::from_io("cannot copy", &self.path, &errno.into())),
+            Err(Errno::INTR) => self.copy_to((target, target_path), start, offset, length),
+            Err(errno) => {
+                let doing = format!("cannot copy {} to", self.path.display());
+                Err(Error::from_io(&doing, target_path, &errno.into()))
+            }
         }
     }
 

@@ -81,7 +81,7 @@ impl Output {
         let piece = self.begin(offset, length)?;
         let mut done = 0;
         while done < length {
-            match input.copy_to(&self.file, start + done, offset + done, length - done)? {
+            match input.copy_to((&self.file, &self.path), start + done, offset + done, length - done)? {
                 Some(copied) => done += copied,
                 None if done == 0 => return Ok(None),
                 None => return Err(self.cannot_write(&io::Error::from(io::ErrorKind::Unsupported))),
