@@ -130,6 +130,7 @@ TIED: dict[str, dict[str, Any]] = {
     "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "neither": {"target_modules": ["q_proj"]},
+    "dora on the embedding": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
 }
 
@@ -180,6 +181,106 @@ def test_gpt2_whose_weights_are_transposed(tmp_path: Path, *, dora: bool) -> Non
         # A norm of f32 summed in another order is off by some 2^-24, which turns one rounding to 2^-9 in about 2^14.
         assert off.max() <= (1 if dora else 0)
         assert (off > 0).sum() <= (1 if dora else 0)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_onto_what_qlora_saw(tmp_path: Path, kind: Any, *, double_quant: bool) -> None:
+    """round(bf16(dequantize(quantize(W))) + s B A), by bitsandbytes and torch; skipped layers start from W."""
+    from bitsandbytes import functional
+    from safetensors.torch import load_file
+
+    from fastft.convert.four_bit import FourBit
+
+    base, adapter, _ = build(tmp_path, torch.bfloat16, None, target_modules=["q_proj", "down_proj"])
+    skip = ["model.layers.1.mlp.gate_proj", "model.layers.1.self_attn.q_proj"]
+    (adapter / "fastft_training.json").write_text(json.dumps({"quantization": {"type": kind, "skip": skip}}))
+    weights = {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    factors = load_file(adapter / "adapter_model.safetensors")
+    four_bit = FourBit(kind, double_quant)
+    plan = merge.plan(base, [(adapter, 1.0)], four_bit=four_bit)
+    assert kind in plan.as_table()
+    merge.execute(plan, tmp_path / "mine")
+    assert verify.verify(tmp_path / "mine", base, [(adapter, 1.0)], four_bit=four_bit).good
+    mine = load_file(tmp_path / "mine" / "model.safetensors")
+    for name, weight in weights.items():
+        path = name.removesuffix(".weight")
+        seen = weight
+        if name.endswith("proj.weight") and path not in skip:
+            # Flat: bitsandbytes' CPU code is wrong for rows that are no multiple of the block.
+            packed, state = functional.quantize_4bit(
+                weight.reshape(-1), blocksize=64, quant_type=kind, compress_statistics=double_quant
+            )
+            seen = functional.dequantize_4bit(packed, state).reshape(weight.shape)
+        at = f"base_model.model.{path}.lora_"
+        if f"{at}A.weight" in factors:
+            seen = (seen.float() + (factors[f"{at}B.weight"] @ factors[f"{at}A.weight"]) * 2.0).bfloat16()
+        assert torch.equal(mine[name], seen), name
+
+
+def vision_language_model(kind: str) -> Any:
+    """A random model of a class whose files are named otherwise than its parameters."""
+    import transformers
+
+    text = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64,
+    }  # fmt: skip
+    if kind == "llava":
+        config = transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**text),
+            vision_config=transformers.CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=16,
+                patch_size=8,
+            ),
+        )
+        return transformers.LlavaForConditionalGeneration(config)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen2VLConfig(
+        text_config=text | {"rope_parameters": rope},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8},
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_renamed_models(tmp_path: Path, kind: str, *, old_names: bool) -> None:
+    """Files in transformers 4's naming; adapters in that of 5, or of 4, which PEFT itself does not load any more."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    model = vision_language_model(kind).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(
+        target_modules=r".*(language_model|visual|vision_tower).*\.(q_proj|down_proj|qkv)", init_lora_weights=False
+    )
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    base = type(model).from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    theirs = saved(merged, tmp_path / "theirs")
+    if old_names:
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        to_old = {
+            "llava": ("model.language_model.", "language_model.model."),
+            "qwen2_vl": ("model.language_model.", "model."),
+        }
+        new, old = to_old[kind]
+        renamed = {
+            key.replace(f"base_model.model.{new}", f"base_model.model.{old}")
+            .replace("base_model.model.model.vision_tower.", "base_model.model.vision_tower.")
+            .replace("base_model.model.model.visual.", "base_model.model.visual."): tensor
+            for key, tensor in load_file(file).items()
+        }
+        save_file(renamed, file)
+    mine = ours(tmp_path / "base", tmp_path / "adapter", tmp_path / "mine")
+    assert set(mine) == set(theirs)
+    assert {name for name, tensor in theirs.items() if not torch.equal(tensor, mine[name])} == set()
 
 
 @pytest.mark.parametrize("full", [True, False])

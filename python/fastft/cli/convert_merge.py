@@ -18,6 +18,8 @@ def merge(
     max_shard_size: str = "2GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     is_clip: bool = False,
+    dequantized_base: Literal["none", "nf4", "fp4"] = "none",
+    double_quant: bool = False,
     dry_run: bool = False,
     json: bool = False,
     force: bool = False,
@@ -33,7 +35,9 @@ def merge(
         dtype: of the written weights; auto keeps the base's
         max_shard_size: largest file, e.g. 2GB (2*10^9 bytes), 2GiB; a bare number is GB
         device: where the arithmetic runs; auto and cpu are the native stream
-        is_clip: the base is a CLIP vision tower
+        is_clip: the base is CLIP; only its vision tower is merged and written
+        dequantized_base: start from what QLoRA saw: the linear layers in 4 bit and back
+        double_quant: with --dequantized-base: the scales were quantized too
         dry_run: print the plan, write nothing
         json: with --dry-run: print the plan as JSON
         force: replace save_path if it exists
@@ -41,6 +45,8 @@ def merge(
     """
     if json and not dry_run:
         raise UsageError("convert merge: --json belongs to --dry-run")
+    if double_quant and dequantized_base == "none":
+        raise UsageError("convert merge: --double-quant belongs to --dequantized-base")
     if not safe_serialization:
         raise UsageError("convert merge: --safe-serialization=false: fastft writes safetensors only")
 
@@ -48,6 +54,7 @@ def merge(
         from fastft.config.schema import Model
         from fastft.convert import merge as merging
         from fastft.convert import size
+        from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
         if device == "cuda":
@@ -60,6 +67,7 @@ def merge(
             dtype=dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
             is_clip=is_clip,
+            four_bit=None if dequantized_base == "none" else FourBit(dequantized_base, double_quant),
         )
         if dry_run:
             console.result(plan.as_json() if json else plan.as_table())

@@ -1,6 +1,7 @@
 """`fastft convert verify`."""
 
 from pathlib import Path
+from typing import Literal
 
 from fastft import console
 from fastft.cli.convert_merge import with_weight
@@ -8,13 +9,24 @@ from fastft.cli.job import Job
 from fastft.errors import UsageError
 
 
-def verify(merged: str, *, base: str | None = None, adapter: tuple[str, ...] = ()) -> Job:
+def verify(
+    merged: str,
+    *,
+    base: str | None = None,
+    adapter: tuple[str, ...] = (),
+    is_clip: bool = False,
+    dequantized_base: Literal["none", "nf4", "fp4"] = "none",
+    double_quant: bool = False,
+) -> Job:
     """Say tensor by tensor whether a folder is base + adapter.
 
     Args:
         merged: the folder to check
         base: folder or hub id of the base model
         adapter: folder of an adapter, or DIR:WEIGHT; may be given several times
+        is_clip: it was merged with --is-clip
+        dequantized_base: as it was merged
+        double_quant: as it was merged
     """
     if base is None or not adapter:
         raise UsageError("convert verify: --base and --adapter are needed: what was merged into what")
@@ -22,9 +34,16 @@ def verify(merged: str, *, base: str | None = None, adapter: tuple[str, ...] = (
     def run() -> int:
         from fastft.config.schema import Model
         from fastft.convert import verify as verifying
+        from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
-        report = verifying.verify(Path(merged), locate.model(Model(name=base)), [with_weight(text) for text in adapter])
+        report = verifying.verify(
+            Path(merged),
+            locate.model(Model(name=base)),
+            [with_weight(text) for text in adapter],
+            is_clip=is_clip,
+            four_bit=None if dequantized_base == "none" else FourBit(dequantized_base, double_quant),
+        )
         console.result(report.text())
         return 0 if report.good else 1
 

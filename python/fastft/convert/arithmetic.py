@@ -1,14 +1,15 @@
 """The planned numbers in numpy: rows of a tensor in f32, before the one rounding to its dtype.
 
 Two users: `verify` recomputes what the native stream wrote, and `computed` fills in the tensors whose arithmetic the
-stream does not have (DoRA, biases of lora_B). Formulas: spec/formats.md section 2, as PEFT 0.21 computes them.
+stream does not have (DoRA, biases of lora_B, bases as a 4-bit training saw them). Formulas: spec/formats.md section 2, as PEFT 0.21 computes them.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastft.convert.numbers import as_float32
-from fastft.convert.plan import Cast, Copy, Delta, Dora, Merge, Operation, Part, Rows, Shift
+from fastft.convert.four_bit import FourBit, scales_of, seen_in_training
+from fastft.convert.numbers import as_float32, rounded, values_of
+from fastft.convert.plan import Cast, Copy, Delta, Dora, FourBitMerge, Merge, Operation, Part, Rows, Shift
 from fastft.convert.source import Source, read_bytes
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Arithmetic:
         self._operation = operation
         self._whole_tensors: dict[Source, Float32] = {}
         self._column_norms: Float32 | None = None
+        self._scales: Float32 | None = None
 
     def rows(self, start: int, count: int) -> "Float32":
         """Give rows `start` to `start + count` of the result (a scalar is one row)."""
@@ -43,11 +45,14 @@ class Arithmetic:
                 return self._dora(self._operation, start, count)
             case Shift():
                 return self._shifted(self._operation, start, count)
+            case FourBitMerge(source, deltas, four_bit):
+                base = self._seen(source, four_bit, start, count)
+                return base + self._sum_of(deltas, start, base.shape)
 
     def base_rows(self, start: int, count: int) -> "Float32 | None":
         """Give the same rows of the base; None where the tensor is not an update of one."""
         match self._operation:
-            case Merge(source) | Dora(source) | Shift(source):
+            case Merge(source) | Dora(source) | Shift(source) | FourBitMerge(source):
                 return _floats(source, start, count)
             case _:
                 return None
@@ -136,6 +141,14 @@ class Arithmetic:
                 if low < high:
                     result[low - start : high - start] += vector[of + low - to : of + high - to]
         return result
+
+    def _seen(self, source: Source, four_bit: FourBit, start: int, count: int) -> "Float32":
+        """Give rows of the base as the training saw them: 4-bit and back, rounded to the base's dtype."""
+        if self._scales is None:
+            self._scales = scales_of(source, four_bit)
+        elements = source.numel // source.shape[0]
+        seen = seen_in_training(source, self._scales, four_bit, start * elements, count * elements)
+        return values_of(rounded(seen, source.dtype), source.dtype).reshape(count, *source.shape[1:])
 
     def _whole(self, source: Source) -> "Float32":
         if source not in self._whole_tensors:

@@ -9,16 +9,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastft import console, publish
 from fastft.convert import clip
 from fastft.convert.adapter import Adapter, read_adapter
 from fastft.convert.folder import Checkpoint, read_checkpoint
+from fastft.convert.four_bit import FourBit
 from fastft.convert.model_config import ConfigEdits, edited_text
 from fastft.convert.names import Joined, TokenRows, join
 from fastft.convert.plan import (
+    Cast,
+    Copy,
     Delta,
     Dora,
+    FourBitMerge,
     Merge,
     OutputTensor,
     Part,
@@ -34,7 +39,7 @@ from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
 from fastft.convert.source import DTYPES, FLOATS, Source, check_unchanged, read_bytes
 from fastft.convert.stream import write_shards
 from fastft.convert.target import check_target
-from fastft.convert.tied import Tied, find_tied
+from fastft.convert.tied import Tied, find_tied, is_embedding
 from fastft.errors import PlanError, UsageError
 
 
@@ -114,6 +119,7 @@ def plan(
     dtype: str = "auto",
     max_shard_size_bytes: int = DEFAULT_MAX_SHARD_SIZE_BYTES,
     is_clip: bool = False,
+    four_bit: FourBit | None = None,
 ) -> MergePlan:
     """Plan a merge; reads config files and headers, writes nothing.
 
@@ -124,6 +130,7 @@ def plan(
         dtype: auto (each tensor keeps the base's), bf16, fp16 or fp32 (all floating tensors).
         max_shard_size_bytes: greedy limit of a file of the result.
         is_clip: the base is a CLIP model; only its vision tower is merged and written.
+        four_bit: merge onto the linear layers as a QLoRA training saw them, quantized like this and back.
 
     Raises:
         FileError, CheckpointError, PlanError: what is missing, broken, or cannot be merged right.
@@ -135,7 +142,9 @@ def plan(
     read = tuple((read_adapter(folder), weight) for folder, weight in adapters)
     joined = _summed([(adapter, join(adapter, base, tied, weight)) for adapter, weight in read])
     tensors, untied = _output_tensors(base, joined, tied, output_dtype(dtype), read)
-    notes = [*_training_notes(read)]
+    if four_bit is not None:
+        tensors = _onto_four_bit(tensors, base, four_bit, read)
+    notes = [*_training_notes(read, four_bit)]
     if untied:
         notes.append(
             f"the head and the embedding shared one tensor and differ now: both are written"
@@ -215,12 +224,60 @@ def output_dtype(dtype: str) -> str | None:
 
 
 def planned_tensors(
-    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str | None
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    dtype: str | None,
+    four_bit: FourBit | None = None,
 ) -> list[OutputTensor]:
     """Plan the tensors only, in the order of the base's files; for `verify`."""
     tied = find_tied(base.config, base.tensors)
     joined = _summed([(adapter, join(adapter, base, tied, weight)) for adapter, weight in adapters])
-    return _output_tensors(base, joined, tied, dtype, adapters)[0]
+    tensors = _output_tensors(base, joined, tied, dtype, adapters)[0]
+    return tensors if four_bit is None else _onto_four_bit(tensors, base, four_bit, adapters)
+
+
+def _onto_four_bit(
+    tensors: Sequence[OutputTensor],
+    base: Checkpoint,
+    four_bit: FourBit,
+    adapters: Sequence[tuple[Adapter, float]],
+) -> list[OutputTensor]:
+    """Let each linear layer that a QLoRA training held in 4 bit start from what it saw there.
+
+    transformers quantizes every linear layer but the head; which ones stayed as they were is in the `skip` list of
+    fastft_training.json. Fused experts and their routers stay too (spec/formats.md 4.5).
+    """
+    if four_bit.double_quant and base.config.get("model_type") == "internlm2":
+        raise PlanError(
+            f"{base.folder}: with double quantization the fused wqkv of InternLM2's own files cannot be taken back to"
+            " 4 bit as the training did; merge onto the folder in Llama's layout"
+        )
+    skipped = {name for adapter, _ in adapters for name in _quantization(adapter).get("skip") or ()}
+    changed: list[OutputTensor] = []
+    for tensor in tensors:
+        operation = tensor.operation
+        path = tensor.name.removesuffix(".weight")
+        held_in_4_bit = (
+            tensor.name in base.tensors
+            and len(tensor.shape) == 2
+            and tensor.name.endswith(".weight")
+            and not is_embedding(tensor.name)
+            and not tensor.name.endswith(("lm_head.weight", "output.weight"))
+            and ".experts." not in tensor.name
+            and path not in skipped
+            and base.tensors[tensor.name].dtype in FLOATS
+        )
+        if not held_in_4_bit:
+            changed.append(tensor)
+        elif isinstance(operation, Dora):
+            raise PlanError(f"{tensor.name!r}: DoRA onto a 4-bit base is not built; merge onto the 16-bit base")
+        elif isinstance(operation, Copy | Cast) and operation.source != base.tensors[tensor.name]:
+            changed.append(tensor)  # replaced whole by the adapter
+        else:
+            deltas = operation.deltas if isinstance(operation, Merge) else ()
+            start = FourBitMerge(base.tensors[tensor.name], deltas, four_bit)
+            changed.append(OutputTensor(tensor.name, tensor.dtype, tensor.shape, start))
+    return changed
 
 
 def _summed(parts: Sequence[tuple[Adapter, Joined]]) -> Joined:
@@ -370,19 +427,29 @@ def _vocab_size(base: Checkpoint, joined: Joined) -> int | None:
     return sizes.pop() if sizes else None
 
 
-def _training_notes(adapters: Sequence[tuple[Adapter, float]]) -> list[str]:
+def _training_notes(adapters: Sequence[tuple[Adapter, float]], four_bit: FourBit | None) -> list[str]:
     """Say what the sidecar of a training tells about the right base."""
     notes = []
     for adapter, _ in adapters:
-        quantization = (adapter.training or {}).get("quantization")
-        if quantization:
+        quantization = _quantization(adapter)
+        if quantization and four_bit is None:
             notes.append(
                 f"{adapter.folder.name} was trained on a {_kind(quantization)} copy of the base (QLoRA); it is merged"
                 " onto the weights as they are in the base folder, which is the usual way"
             )
+    if four_bit is not None:
+        double = " with double quantization" if four_bit.double_quant else ""
+        notes.append(
+            f"the linear layers start from what {four_bit.type}{double} made of them, as the training saw them"
+        )
     return notes
 
 
-def _kind(quantization: object) -> str:
-    kind = quantization.get("type") or quantization.get("quant_type") if isinstance(quantization, dict) else None
-    return str(kind or "quantized")
+def _quantization(adapter: Adapter) -> Mapping[str, Any]:
+    """Give the `quantization` of fastft_training.json, empty where there is none."""
+    quantization = (adapter.training or {}).get("quantization")
+    return quantization if isinstance(quantization, dict) else {}
+
+
+def _kind(quantization: Mapping[str, Any]) -> str:
+    return str(quantization.get("type") or "quantized")

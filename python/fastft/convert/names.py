@@ -1,4 +1,4 @@
-"""Joins an adapter with the tensors of a base by their names (level 0: without transformers).
+"""Joins an adapter with the tensors of a base by their names; transformers is asked only where they do not match.
 
 A module path of the adapter names a tensor of the base directly; or the two differ as InternLM2's own layout differs
 from Llama's, in either direction. Every update must find its tensor and fit its shape, else all that failed is listed.
@@ -6,11 +6,11 @@ from Llama's, in either direction. Every update must find its tensor and fit its
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
-from fastft.convert import clip, internlm2
+from fastft.convert import clip, internlm2, names_transformers
 from fastft.convert.adapter import Adapter, LowRank
 from fastft.convert.folder import Checkpoint
 from fastft.convert.plan import Addend, Delta
@@ -67,6 +67,7 @@ def join(adapter: Adapter, base: Checkpoint, tied: Tied | None, weight: float = 
     shapes = {name: source.shape for name, source in base.tensors.items()}
     if tied is not None:
         shapes.setdefault(tied.head, shapes[tied.embedding])
+    adapter = _in_file_names(adapter, base, shapes)
     joined = Joined()
     lost: list[str] = []
     for name, source in adapter.replaced.items():
@@ -101,6 +102,38 @@ def join(adapter: Adapter, base: Checkpoint, tied: Tied | None, weight: float = 
             f" ({next(iter([*joined.replaced, *joined.token_rows]))}); use weight 1"
         )
     return joined
+
+
+def _in_file_names(adapter: Adapter, base: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+    """Give the adapter with the names of the base's files, where they differ as transformers renames them.
+
+    All names are led through the same table, or none: half of them matching by chance would be a wrong merge.
+    """
+    wanted = [
+        *(f"{path}.weight" for path in [*adapter.low_rank, *adapter.token_rows]),
+        *adapter.replaced,
+    ]
+    paths_found = all(_targets(path, shapes, base.config) for path in adapter.low_rank)
+    names_found = all(
+        _same_tensor(name, shapes, base.config)
+        for name in wanted
+        if name.removesuffix(".weight") not in adapter.low_rank
+    )
+    if paths_found and names_found:
+        return adapter
+    found = names_transformers.file_names(base, wanted)
+    if len(set(found.values())) != len(wanted):
+        return adapter
+
+    def path_of(path: str) -> str:
+        return found[f"{path}.weight"].removesuffix(".weight")
+
+    return replace(
+        adapter,
+        low_rank={path_of(path): replace(low_rank, path=path_of(path)) for path, low_rank in adapter.low_rank.items()},
+        replaced={found[name]: source for name, source in adapter.replaced.items()},
+        token_rows={path_of(path): source for path, source in adapter.token_rows.items()},
+    )
 
 
 def _check_complete(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastft import _native
 from fastft.convert.folder import INDEX, SINGLE
+from fastft.convert.four_bit import FourBit
 from fastft.convert.source import FLOATS, Source, num_bytes
 from fastft.errors import PlanError
 
@@ -107,7 +108,16 @@ class Shift:
     addends: tuple[Addend, ...]
 
 
-Operation = Copy | Cast | Rows | Merge | Dora | Shift
+@dataclass(frozen=True, slots=True)
+class FourBitMerge:
+    """The base as a 4-bit training saw it (quantized, dequantized, rounded to its dtype), plus the deltas."""
+
+    source: Source
+    deltas: tuple[Delta, ...]
+    four_bit: FourBit
+
+
+Operation = Copy | Cast | Rows | Merge | Dora | Shift | FourBitMerge
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +190,7 @@ def index_name(single: str = SINGLE) -> str:
 
 def is_computed(operation: Operation) -> bool:
     """Tell whether `computed` makes the tensor, because the native stream has no such arithmetic."""
-    return isinstance(operation, Dora | Shift)
+    return isinstance(operation, Dora | Shift | FourBitMerge)
 
 
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -226,7 +236,7 @@ def _operation(tensor: OutputTensor, side: Callable[[Source], dict[str, Any]]) -
                 "kind": "rows",
                 "parts": [{"source": side(part.source), "start": part.start, "count": part.count} for part in parts],
             }
-        case Dora(source) | Shift(source):
+        case Dora(source) | Shift(source) | FourBitMerge(source):
             # The base for now; `computed` writes over it.
             return {"kind": "copy" if source.dtype == tensor.dtype else "cast", "source": side(source)}
         case Merge(source, deltas):

@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING
 
-from fastft.convert.plan import Cast, Copy, Dora, Merge, OutputTensor, Rows, Shard, Shift
+from fastft.convert.plan import Cast, Copy, Dora, FourBitMerge, Merge, OutputTensor, Rows, Shard, Shift
 from fastft.convert.size import readable
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ def _operation(tensor: OutputTensor) -> dict[str, object]:
                 "from": str(source.file),
                 "updates": [{"from": str(addend.source.file), "scale": addend.scale} for addend in addends],
             }
-        case Merge(source, deltas) | Dora(source, deltas):
+        case Merge(source, deltas) | Dora(source, deltas) | FourBitMerge(source, deltas):
             return {
-                "operation": "dora" if isinstance(tensor.operation, Dora) else "merge",
+                "operation": {Merge: "merge", Dora: "dora", FourBitMerge: "four_bit"}[type(tensor.operation)],
                 "from": str(source.file),
                 "updates": [
                     {
@@ -118,6 +118,9 @@ def _what(tensor: OutputTensor) -> str:
             return "+ bias of lora_B"
         case Dora(_, deltas):
             return f"dora r={deltas[0].rank} s={deltas[0].scale:.4g}"
+        case FourBitMerge(_, deltas, four_bit):
+            update = f" r={deltas[0].rank}" if deltas else ""
+            return f"{four_bit.type} and back{update}"[:17]
         case Merge(_, deltas):
             if len(deltas) == 1:
                 return f"+ r={deltas[0].rank} s={deltas[0].scale:.4g}"

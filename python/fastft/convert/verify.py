@@ -18,6 +18,7 @@ from fastft.convert import clip
 from fastft.convert.adapter import read_adapter
 from fastft.convert.arithmetic import BLOCK_ELEMENTS, Arithmetic, row_bytes
 from fastft.convert.folder import existing_folder, read_checkpoint, read_weights
+from fastft.convert.four_bit import FourBit
 from fastft.convert.merge import planned_tensors
 from fastft.convert.numbers import bits_of, rounded, ulp_distance, values_of
 from fastft.convert.plan import Cast, Copy, OutputTensor
@@ -104,10 +105,17 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-def verify(merged: Path, base: Path, adapters: Sequence[tuple[Path, float]], *, is_clip: bool = False) -> VerifyReport:
+def verify(
+    merged: Path,
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    *,
+    is_clip: bool = False,
+    four_bit: FourBit | None = None,
+) -> VerifyReport:
     """Compute every tensor of `merged` again from the base and the adapters, and compare.
 
-    The dtypes of `merged` are taken as they are: a merge with `--dtype fp16` is compared in fp16.
+    `is_clip` and `four_bit` are those of the merge. The dtypes of `merged` are taken as they are: a merge with `--dtype fp16` is compared in fp16.
 
     Raises:
         FileError, CheckpointError, PlanError: one of the folders cannot be read, or they do not fit together.
@@ -115,7 +123,8 @@ def verify(merged: Path, base: Path, adapters: Sequence[tuple[Path, float]], *, 
     merged = existing_folder(merged, "the merged model")
     written, _ = read_weights(merged)
     checkpoint = clip.vision_part(read_checkpoint(base)) if is_clip else read_checkpoint(base)
-    planned = planned_tensors(checkpoint, [(read_adapter(folder), weight) for folder, weight in adapters], None)
+    read = [(read_adapter(folder), weight) for folder, weight in adapters]
+    planned = planned_tensors(checkpoint, read, None, four_bit)
     checks: list[TensorCheck] = []
     total = sum(tensor.nbytes for tensor in planned)
     done = 0
