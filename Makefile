@@ -72,11 +72,7 @@ check-python: $(BUILT)
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy.stubtest fastft._native
 
-py# Makes the embedded model again, from nothing (about 20 minutes).
-demo-base: $(BUILT)
-	$(BIN)/python -m fastft.demo.make python/fastft/demo/base
-
-test: $(BUILT)
+pytest: $(BUILT)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile
 
 test-all: $(BUILT) check-rust check-python
