@@ -1,25 +1,16 @@
-//! AVX2 and FMA: tiles of 6 rows x 16 columns (12 of the 16 registers hold sums).
+//! AVX2 and FMA: tiles of 6 rows x 16 columns, 12 registers of sums.
 
 use super::Product;
-use super::lanes::{add_bf16, add_f16, add_f32, product_of};
+use super::lanes::{self, add_bf16, add_f16, add_f32};
 use crate::element::Element;
 
-/// Rows that are multiplied together.
-pub const ROWS: usize = 6;
-
+/// Columns of a tile: two registers.
 const WIDTH: usize = 16;
 
 /// See [`super::scalar::product`].
 #[target_feature(enable = "avx2,fma,f16c")]
 pub fn product(part: Product, left: &[f32], panels: &[f32], sums: &mut [f32]) {
-    match part.rows {
-        1 => product_of::<1, WIDTH>(part, left, panels, sums),
-        2 => product_of::<2, WIDTH>(part, left, panels, sums),
-        3 => product_of::<3, WIDTH>(part, left, panels, sums),
-        4 => product_of::<4, WIDTH>(part, left, panels, sums),
-        5 => product_of::<5, WIDTH>(part, left, panels, sums),
-        _ => product_of::<ROWS, WIDTH>(part, left, panels, sums),
-    }
+    lanes::product::<WIDTH>(part, left, panels, sums);
 }
 
 /// See [`super::scalar::add`].

@@ -1,24 +1,16 @@
-//! AVX-512: tiles of 8 rows x 32 columns (16 of the 32 registers hold sums).
+//! AVX-512: tiles of 6 rows x 32 columns, 12 registers of sums.
 
-use super::lanes::{add_bf16, add_f16, add_f32, product_of};
-use super::{MOST_ROWS, Product};
+use super::Product;
+use super::lanes::{self, add_bf16, add_f16, add_f32};
 use crate::element::Element;
 
+/// Columns of a tile: two registers.
 const WIDTH: usize = 32;
 
 /// See [`super::scalar::product`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub fn product(part: Product, left: &[f32], panels: &[f32], sums: &mut [f32]) {
-    match part.rows {
-        1 => product_of::<1, WIDTH>(part, left, panels, sums),
-        2 => product_of::<2, WIDTH>(part, left, panels, sums),
-        3 => product_of::<3, WIDTH>(part, left, panels, sums),
-        4 => product_of::<4, WIDTH>(part, left, panels, sums),
-        5 => product_of::<5, WIDTH>(part, left, panels, sums),
-        6 => product_of::<6, WIDTH>(part, left, panels, sums),
-        7 => product_of::<7, WIDTH>(part, left, panels, sums),
-        _ => product_of::<MOST_ROWS, WIDTH>(part, left, panels, sums),
-    }
+    lanes::product::<WIDTH>(part, left, panels, sums);
 }
 
 /// See [`super::scalar::add`].

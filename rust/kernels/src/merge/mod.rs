@@ -24,10 +24,10 @@ use crate::level::{Cpu, Level};
 /// Columns of one panel of a right factor: two AVX-512 or four AVX2 registers.
 const PANEL: usize = 32;
 
-/// Most rows that are multiplied together; a level may take fewer.
-const MOST_ROWS: usize = 8;
+/// Rows that are multiplied together.
+const ROWS: usize = 6;
 
-/// Most columns of a block of panels.
+/// Most columns that are multiplied together: their sums stay in the first-level cache.
 const MOST_COLUMNS: usize = 512;
 
 /// f32 values of a right factor that stay in the second-level cache while all rows of a band pass by.
@@ -161,41 +161,30 @@ pub fn merge(
             Base::Apart(from, source) => crate::cast::cast(cpu, from, source, to, target),
         };
     }
-    let rank = deltas.iter().map(|delta| delta.right.rank).max().unwrap_or(1);
-    let block = (BLOCK_VALUES / rank / PANEL * PANEL).clamp(2 * PANEL, MOST_COLUMNS);
-    let mut scratch = Scratch {
-        left: vec![0.0; MOST_ROWS * rank],
+    let num_ranks: usize = deltas.iter().map(|delta| delta.right.rank).sum();
+    let block = (BLOCK_VALUES / num_ranks / PANEL * PANEL).max(2 * PANEL);
+    let mut work = Work {
+        cpu,
+        band,
+        deltas,
+        left: vec![0.0; ROWS * num_ranks],
         base: [0.0; MOST_COLUMNS],
-        sums: vec![0.0; MOST_ROWS * MOST_COLUMNS],
+        sums: vec![0.0; ROWS * MOST_COLUMNS],
+        kept: true,
     };
-    let mut kept = true;
-    for column in (0..band.columns).step_by(block) {
-        let columns = block.min(band.columns - column);
-        for row in (0..band.rows).step_by(rows_together(cpu)) {
-            let rows = rows_together(cpu).min(band.rows - row);
-            for (index, delta) in deltas.iter().enumerate() {
-                pack_left(delta, row, rows, &mut scratch.left);
-                let part = Product { rank: delta.right.rank, rows, scale: delta.scale, add: index > 0 };
-                let left = &scratch.left[..rows * part.rank];
-                product(cpu, part, left, delta.right.block(column, columns), &mut scratch.sums);
-            }
-            for group_row in 0..rows {
-                let first = (row + group_row) * band.columns + column;
-                let base_values = &mut scratch.base[..columns];
-                let sums = &scratch.sums[group_row * MOST_COLUMNS..][..columns];
-                let bytes = &mut target[first * to.size_bytes()..][..columns * to.size_bytes()];
-                match base {
-                    Base::InPlace => widen_unchecked(cpu, to, bytes, base_values),
-                    Base::Apart(from, source) => {
-                        let source = &source[first * from.size_bytes()..][..columns * from.size_bytes()];
-                        widen_unchecked(cpu, from, source, base_values);
-                    }
-                }
-                kept &= add(cpu, base_values, sums, to, bytes);
+    for block_start in (0..band.columns).step_by(block) {
+        let block_end = band.columns.min(block_start + block);
+        for row in (0..band.rows).step_by(ROWS) {
+            let rows = ROWS.min(band.rows - row);
+            work.pack_left(row, rows);
+            for column in (block_start..block_end).step_by(MOST_COLUMNS) {
+                let columns = MOST_COLUMNS.min(block_end - column);
+                work.multiply(rows, column, columns);
+                work.add(row, rows, column, columns, base, to, target);
             }
         }
     }
-    Ok(kept)
+    Ok(work.kept)
 }
 
 fn check(band: Band, base: Base, to: Element, target: &[u8], deltas: &[Delta]) -> Result<(), LengthError> {
@@ -220,40 +209,80 @@ fn check(band: Band, base: Base, to: Element, target: &[u8], deltas: &[Delta]) -
     Ok(())
 }
 
-struct Scratch {
+/// A merge on its way: some rows and columns at a time.
+struct Work<'a> {
+    cpu: Cpu,
+    band: Band,
+    deltas: &'a [Delta<'a>],
+    /// The rows of each delta's left factor, laid out by rank index: (rank, rows), one delta after the other.
     left: Vec<f32>,
     base: [f32; MOST_COLUMNS],
+    /// The sum of the products: [`ROWS`] rows of [`MOST_COLUMNS`] values.
     sums: Vec<f32>,
+    kept: bool,
+}
+
+impl Work<'_> {
+    fn pack_left(&mut self, row: usize, rows: usize) {
+        let mut start = 0;
+        for delta in self.deltas {
+            let Left { values, row_stride, rank_stride } = delta.left;
+            for (k, packed) in self.left[start..].chunks_exact_mut(rows).take(delta.right.rank).enumerate() {
+                for (group_row, place) in packed.iter_mut().enumerate() {
+                    *place = values[(row + group_row) * row_stride + k * rank_stride];
+                }
+            }
+            start += rows * delta.right.rank;
+        }
+    }
+
+    fn multiply(&mut self, rows: usize, column: usize, columns: usize) {
+        let mut start = 0;
+        for (index, delta) in self.deltas.iter().enumerate() {
+            let part = Product { rank: delta.right.rank, rows, scale: delta.scale, add: index > 0 };
+            let left = &self.left[start..start + rows * part.rank];
+            product(self.cpu, part, left, delta.right.block(column, columns), &mut self.sums);
+            start += rows * part.rank;
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a place in a band, and the band's two buffers")]
+    fn add(
+        &mut self,
+        row: usize,
+        rows: usize,
+        column: usize,
+        columns: usize,
+        base: Base,
+        to: Element,
+        target: &mut [u8],
+    ) {
+        for group_row in 0..rows {
+            let first = (row + group_row) * self.band.columns + column;
+            let base_values = &mut self.base[..columns];
+            let sums = &self.sums[group_row * MOST_COLUMNS..][..columns];
+            let bytes = &mut target[first * to.size_bytes()..][..columns * to.size_bytes()];
+            match base {
+                Base::InPlace => widen_unchecked(self.cpu, to, bytes, base_values),
+                Base::Apart(from, source) => {
+                    let source = &source[first * from.size_bytes()..][..columns * from.size_bytes()];
+                    widen_unchecked(self.cpu, from, source, base_values);
+                }
+            }
+            self.kept &= add(self.cpu, base_values, sums, to, bytes);
+        }
+    }
 }
 
 /// What one call of a product variant does.
 #[derive(Clone, Copy)]
 struct Product {
     rank: usize,
-    /// 1 to [`MOST_ROWS`].
+    /// 1 to [`ROWS`].
     rows: usize,
     scale: f32,
     /// Whether the product is added to the sums or replaces them.
     add: bool,
-}
-
-/// Lays rows `row..row + rows` of a left factor out by rank index: (rank, rows).
-fn pack_left(delta: &Delta, row: usize, rows: usize, packed: &mut [f32]) {
-    let Left { values, row_stride, rank_stride } = delta.left;
-    for group_row in 0..rows {
-        let values = &values[(row + group_row) * row_stride..];
-        for k in 0..delta.right.rank {
-            packed[k * rows + group_row] = values[k * rank_stride];
-        }
-    }
-}
-
-fn rows_together(cpu: Cpu) -> usize {
-    match cpu.level() {
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => avx2::ROWS,
-        _ => MOST_ROWS,
-    }
 }
 
 /// Puts the product of `left` (rank, rows) and `panels` into `sums`: rows of [`MOST_COLUMNS`] values.
