@@ -11,6 +11,7 @@ use fastft_checkpoint::{Error, Output, Result};
 use fastft_kernels::Cpu;
 
 use crate::job::{Job, Kind};
+use crate::shared::SharedFactors;
 use crate::tile::{self, Buffers, Reader};
 
 /// What a run may use.
@@ -122,6 +123,7 @@ struct Stream<'a> {
     stopped: AtomicBool,
     failure: Mutex<Option<Error>>,
     panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
+    shared: SharedFactors,
     bytes_read: AtomicU64,
     bytes_done: AtomicU64,
 }
@@ -156,6 +158,7 @@ impl<'a> Stream<'a> {
             stopped: AtomicBool::new(false),
             failure: Mutex::new(None),
             panic: Mutex::new(None),
+            shared: SharedFactors::default(),
             bytes_read: AtomicU64::new(0),
             bytes_done: AtomicU64::new(0),
         })
@@ -218,8 +221,13 @@ impl<'a> Stream<'a> {
 
     fn make_tile(&self, tile: Tile, buffers: &mut Buffers) -> Result<()> {
         let made = &self.job.tensors[tile.tensor];
-        let reader =
-            Reader { tensor: &made.name, cpu: self.cpu, inputs: &self.job.inputs, bytes_read: &self.bytes_read };
+        let reader = Reader {
+            tensor: &made.name,
+            cpu: self.cpu,
+            inputs: &self.job.inputs,
+            shared: &self.shared,
+            bytes_read: &self.bytes_read,
+        };
         tile::make(made, &reader, tile.first_row, tile.num_rows, buffers)?;
         if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1
             && let Kind::Merge(merge) = &made.kind
