@@ -309,7 +309,9 @@ def test_experts_share_one_b(files: Files, num_threads: int, *, transposed: bool
     for expert in range(num_experts):
         own_a = {**a, "offset": a["offset"] + expert * rank * num_in * 4, "shape": (rank, num_in)}
         delta = {"a": own_a, "b": b, "b_columns": [expert, num_experts], "scale": 0.5, "transposed": transposed}
-        product = fused_product(B.reshape(num_out, rank, num_experts)[:, :, expert].copy(), own_of(A, expert, rank), 0.5)
+        product = fused_product(
+            B.reshape(num_out, rank, num_experts)[:, :, expert].copy(), own_of(A, expert, rank), 0.5
+        )
         expected[expert] += product.T if transposed else product
         own = {"kind": "merge", "source": files.source(base[expert], "F32"), "deltas": [delta]}
         files.tensor(f"expert.{expert}", "F32", (rows, columns), own)

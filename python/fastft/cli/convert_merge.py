@@ -1,11 +1,14 @@
 """`fastft convert merge`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fastft import console
 from fastft.cli.job import Job
 from fastft.errors import PlanError, UsageError
+
+if TYPE_CHECKING:
+    from fastft.convert.matching import NameOptions
 
 
 def merge(
@@ -18,6 +21,8 @@ def merge(
     max_shard_size: str = "2GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     is_clip: bool = False,
+    model_class: str | None = None,
+    key_map: tuple[str, ...] = (),
     dry_run: bool = False,
     json: bool = False,
     force: bool = False,
@@ -33,7 +38,9 @@ def merge(
         dtype: of the written weights; auto keeps the base's
         max_shard_size: largest file, e.g. 2GB (2*10^9 bytes), 2GiB; a bare number is GB
         device: where the arithmetic runs; auto and cpu are the native stream
-        is_clip: the base is a CLIP vision tower
+        is_clip: the adapter is of a CLIPVisionModel; writes the vision tower of a CLIP base
+        model_class: class of transformers that the adapter was trained on, where config.json names another
+        key_map: REGEX=REPLACEMENT done on the adapter's names; may be given several times
         dry_run: print the plan, write nothing
         json: with --dry-run: print the plan as JSON
         force: replace save_path if it exists
@@ -54,13 +61,12 @@ def merge(
             raise PlanError(
                 "convert merge: --device cuda is not there yet; the native stream (--device cpu) needs no GPU"
             )
-        if is_clip:
-            raise PlanError("convert merge: --is-clip is not there yet; only language models can be merged so far")
         plan = merging.plan(
             locate.model(Model(name=llm)),
             [(Path(adapter_path), 1.0), *[with_weight(text) for text in adapter]],
             dtype=dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
+            names=name_options(model_class, key_map, is_clip=is_clip),
         )
         if dry_run:
             console.result(plan.as_json() if json else plan.as_table())
@@ -68,6 +74,15 @@ def merge(
         console.result(merging.execute(plan, Path(save_path), force=force).line())
 
     return Job(run)
+
+
+def name_options(model_class: str | None, key_map: tuple[str, ...], *, is_clip: bool) -> "NameOptions":
+    """Read the options that say how names are found; `convert verify` has them too."""
+    from fastft.convert.matching import NameOptions, parse_key_map
+
+    if is_clip and model_class is not None:
+        raise UsageError(f"--is-clip and --model-class {model_class} say two things; give one")
+    return NameOptions(model_class, parse_key_map(key_map), is_clip)
 
 
 def with_weight(text: str) -> tuple[Path, float]:

@@ -3,18 +3,29 @@
 from pathlib import Path
 
 from fastft import console
-from fastft.cli.convert_merge import with_weight
+from fastft.cli.convert_merge import name_options, with_weight
 from fastft.cli.job import Job
 from fastft.errors import UsageError
 
 
-def verify(merged: str, *, base: str | None = None, adapter: tuple[str, ...] = ()) -> Job:
+def verify(
+    merged: str,
+    *,
+    base: str | None = None,
+    adapter: tuple[str, ...] = (),
+    is_clip: bool = False,
+    model_class: str | None = None,
+    key_map: tuple[str, ...] = (),
+) -> Job:
     """Say tensor by tensor whether a folder is base + adapter.
 
     Args:
         merged: the folder to check
         base: folder or hub id of the base model
         adapter: folder of an adapter, or DIR:WEIGHT; may be given several times
+        is_clip: as it was given to convert merge
+        model_class: as it was given to convert merge
+        key_map: as it was given to convert merge; may be given several times
     """
     if base is None or not adapter:
         raise UsageError("convert verify: --base and --adapter are needed: what was merged into what")
@@ -24,7 +35,12 @@ def verify(merged: str, *, base: str | None = None, adapter: tuple[str, ...] = (
         from fastft.convert import verify as verifying
         from fastft.hub import locate
 
-        report = verifying.verify(Path(merged), locate.model(Model(name=base)), [with_weight(text) for text in adapter])
+        report = verifying.verify(
+            Path(merged),
+            locate.model(Model(name=base)),
+            [with_weight(text) for text in adapter],
+            name_options(model_class, key_map, is_clip=is_clip),
+        )
         console.result(report.text())
         return 0 if report.good else 1
 

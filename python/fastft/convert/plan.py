@@ -56,6 +56,7 @@ class Delta:
         scale: multiplies the product, in f32.
         transposed: the weight is stored as (in, out), the transposed product is added.
         rows: (row of the weight, row of the product, count) where the weight fuses several projections; None: all.
+        b_columns: (first, step): the columns of `b` that make the factor (one expert of many); None: all.
     """
 
     a: Source
@@ -63,6 +64,7 @@ class Delta:
     scale: float
     transposed: bool = False
     rows: tuple[tuple[int, int, int], ...] | None = None
+    b_columns: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:
@@ -202,6 +204,7 @@ def _operation(operation: Operation, side: Callable[[Source], dict[str, Any]]) -
                         "scale": delta.scale,
                         "transposed": delta.transposed,
                         "rows": delta.rows,
+                        "b_columns": delta.b_columns,
                     }
                     for delta in deltas
                 ],

@@ -6,15 +6,16 @@ the native stream.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastft import console
 from fastft.convert.adapter import read_adapter
-from fastft.convert.folder import existing_folder, read_checkpoint, read_weights
-from fastft.convert.merge import planned_tensors
+from fastft.convert.folder import existing_folder, read_weights
+from fastft.convert.matching import NameOptions
+from fastft.convert.merge import planned_tensors, read_base
 from fastft.convert.numbers import as_float32, bits_of, rounded, ulp_distance, values_of
 from fastft.convert.plan import Cast, Copy, Delta, Merge, OutputTensor, Part, Rows
 from fastft.convert.source import FLOATS, Source, read_bytes
@@ -102,8 +103,10 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-def verify(merged: Path, base: Path, adapters: Sequence[tuple[Path, float]]) -> VerifyReport:
-    """Compute every tensor of `merged` again from the base and the adapters, and compare.
+def verify(
+    merged: Path, base: Path, adapters: Sequence[tuple[Path, float]], names: NameOptions | None = None
+) -> VerifyReport:
+    """Compute every tensor of `merged` again from the base and the adapters, and compare; `names` as in the merge.
 
     The dtypes of `merged` are taken as they are: a merge with `--dtype fp16` is compared in fp16.
 
@@ -113,7 +116,7 @@ def verify(merged: Path, base: Path, adapters: Sequence[tuple[Path, float]]) -> 
     merged = existing_folder(merged, "the merged model")
     written, _ = read_weights(merged)
     planned = planned_tensors(
-        read_checkpoint(base), [(read_adapter(folder), weight) for folder, weight in adapters], None
+        read_base(base, names), [(read_adapter(folder), weight) for folder, weight in adapters], None, names
     )
     checks: list[TensorCheck] = []
     total = sum(tensor.nbytes for tensor in planned)
@@ -123,8 +126,8 @@ def verify(merged: Path, base: Path, adapters: Sequence[tuple[Path, float]]) -> 
             checks.append(_check_tensor(tensor, written.get(tensor.name), None))
             done += tensor.nbytes
             advance(done)
-    names = {tensor.name for tensor in planned}
-    checks += [TensorCheck(name, "unexpected") for name in written if name not in names]
+    expected = {tensor.name for tensor in planned}
+    checks += [TensorCheck(name, "unexpected") for name in written if name not in expected]
     return VerifyReport(merged, tuple(checks))
 
 
@@ -156,6 +159,9 @@ def _check_tensor(tensor: OutputTensor, written: Source | None, num_rows: int | 
         return TensorCheck(tensor.name, "missing", targeted)
     if written.shape != tensor.shape:
         return TensorCheck(tensor.name, "shape", targeted)
+    if isinstance(tensor.operation, Merge):
+        # Experts are rows there.
+        written = replace(written, shape=tensor.operation.source.shape)
     if tensor.dtype not in FLOATS or written.dtype not in FLOATS:
         same = tensor.dtype == written.dtype and _same_bytes(tensor, written)
         return TensorCheck(tensor.name, "equal" if same else "dtype" if tensor.dtype != written.dtype else "off")
@@ -250,16 +256,18 @@ def _sum_of(
     count = shape[0]
     for delta in deltas:
         a, b = (_whole(side, factors) for side in (delta.a, delta.b))
+        if delta.b_columns is not None:
+            first, step = delta.b_columns
+            b = b[:, first::step]
         if magnitudes:
             a, b = np.abs(a), np.abs(b)
         scale = np.float32(abs(delta.scale) if magnitudes else delta.scale)
-        if delta.transposed:
-            total += (b @ a[:, start : start + count]).T * scale
-            continue
-        for to, of, rows in delta.rows or ((0, 0, b.shape[0]),):
+        # The transposed product is the product of the transposed factors.
+        left, right = (a.T, b.T) if delta.transposed else (b, a)
+        for to, of, rows in delta.rows or ((0, 0, left.shape[0]),):
             low, high = max(start, to), min(start + count, to + rows)
             if low < high:
-                total[low - start : high - start] += (b[of + low - to : of + high - to] @ a) * scale
+                total[low - start : high - start] += (left[of + low - to : of + high - to] @ right) * scale
     return total
 
 
