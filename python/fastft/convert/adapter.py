@@ -308,7 +308,7 @@ def _sort_tensors(
     parameters = {
         module: _parameter_pair(module, found, path)
         for module, found in sides.items()
-        if _has_targeted_parameter(module, config)
+        if _has_targeted_parameter(module, config, path)
     }
     low_rank = {
         module: _pair(module, found, config, path) for module, found in sides.items() if module not in parameters
@@ -316,12 +316,24 @@ def _sort_tensors(
     return low_rank, replaced, token_rows, parameters
 
 
-def _has_targeted_parameter(module: str, config: Mapping[str, Any]) -> bool:
+def _has_targeted_parameter(module: str, config: Mapping[str, Any], path: Path) -> bool:
     """Tell whether the matrices of a module belong to a bare parameter of it."""
+    targets = config.get("target_parameters") or []
     if module.endswith(".base_layer"):
         return True
-    owners = {target.rpartition(".")[0] for target in config.get("target_parameters") or []}
-    return any(owner and f".{module}".endswith(f".{owner}") for owner in owners)
+    owners = {target.rpartition(".")[0] for target in targets}
+    if any(owner and f".{module}".endswith(f".{owner}") for owner in owners):
+        return True
+    # A target without its module (`down_proj`) can be anywhere; a module is wrapped whole or for a parameter, not both.
+    return "" in owners and not _is_target_module(module, config, path)
+
+
+def _is_target_module(module: str, config: Mapping[str, Any], path: Path) -> bool:
+    """Tell whether target_modules names a module (PEFT's rule: a list of ends, or one regular expression)."""
+    stated = config.get("target_modules")
+    if isinstance(stated, str):
+        return _compiled(stated, path).match(module) is not None
+    return any(f".{module}".endswith(f".{end}") for end in stated or [] if isinstance(end, str))
 
 
 def _parameter_pair(module: str, found: Mapping[str, Source], path: Path) -> ParameterPair:
