@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_run
+from fastft.chat import session
 from fastft.config.schema import Config
 from fastft.model import load, quantization
 from fastft.training import run
@@ -69,12 +70,24 @@ def test_gradients_after_an_eval_forward(model: Path, tmp_path: Path) -> None:
     assert any("lora_B" in name and value.any() for name, value in after.items())
 
 
-def test_no_layer_may_be_repacked(model: Path, tmp_path: Path) -> None:
-    """Seen on every machine, also on those whose CPU does not repack."""
+def test_no_layer_is_repacked_on_a_cpu_that_would(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every machine: bitsandbytes is told that this CPU has AVX512-BF16, and its repacking must not be reached."""
     import bitsandbytes
 
+    def repack(*_args: object) -> None:
+        raise AssertionError("bitsandbytes repacked a weight: no gradient comes through it any more")
+
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(bitsandbytes.nn.modules, "_convert_weight_packed_for_cpu", repack)
     loaded = load.load(_config(model, tmp_path))
     layers = [m for m in loaded.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 2 * 7
-    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
-    assert quantization.disable_cpu_repacking(loaded.model) == 2 * 7
+    loaded.model.eval()
+    with torch.no_grad():
+        loaded.model(input_ids=torch.arange(8).reshape(1, 8))
+    talk = session.load(str(model), bits=4)
+    session.answer(talk, "Hello", session.Sampling(max_new_tokens=1))
+
+
+def test_the_number_of_4bit_layers(model: Path, tmp_path: Path) -> None:
+    assert quantization.disable_cpu_repacking(load.load(_config(model, tmp_path)).model) == 2 * 7

@@ -142,8 +142,8 @@ def test_a_longer_run_is_allowed_and_said(
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(TrainingError, match="fastft_checkpoint.json is missing"):
+    with pytest.raises(TrainingError, match=r"fastft_checkpoint\.json is missing"):
         resume.choose(tmp_path, str(tmp_path / "checkpoint-3"))
-    with pytest.raises(TrainingError, match="no checkpoint in .* is whole"):
+    with pytest.raises(TrainingError, match=r"no checkpoint in .* is whole"):
         resume.choose(tmp_path, "auto")
     assert resume.choose(tmp_path / "nothing", "auto") is None

@@ -127,7 +127,7 @@ def tensors(folder: Path) -> dict[str, Any]:
 
 def ours(base: Path, adapter: Path, folder: Path, names: NameOptions | None = None) -> dict[str, Any]:
     merge.execute(merge.plan(base, [(adapter, 1.0)], names=names), folder)
-    report = verify.verify(folder, base, [(adapter, 1.0)], names)
+    report = verify.verify(folder, base, [(adapter, 1.0)], names=names)
     assert report.good, report.text()
     return tensors(folder)
 

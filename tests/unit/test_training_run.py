@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
         (folder / "half").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(FileError, match="cannot be written: No space left on device; .* MB are free there"):
+    with pytest.raises(FileError, match=r"cannot be written: No space left on device; .* MB are free there"):
         checkpoint.save(tmp_path, 7, fill, {})
     assert not [f for f in tmp_path.iterdir() if f.name.startswith("checkpoint") or "partial" in f.name]
 
@@ -178,7 +178,7 @@ def test_the_order_of_refusals(model: Path, tmp_path: Path) -> None:
     config = tiny_run.config(model, missing)
     with pytest.raises(FileError, match="this is a file; choose another --work-dir"):
         run.run(config, work_dir=tmp_path / "file")
-    with pytest.raises((DataError, FileError), match="missing.jsonl"):
+    with pytest.raises((DataError, FileError), match=r"missing\.jsonl"):
         run.run(config, work_dir=tmp_path / "run")
     bare = tiny_run.write_model(tmp_path / "bare", chat_template=None)
     with pytest.raises(ConfigError, match="no chat template, so a dialogue has no form"):

@@ -98,7 +98,7 @@ def load(
         CheckpointError: a folder is no model or no adapter.
         HubError: the model, or the base of an adapter, cannot be found.
     """
-    quiet.prepare_environment()
+    quiet.prepare_libraries()
     wanted = Path(model).expanduser()
     if (wanted / "adapter_config.json").is_file():
         if adapter is not None:
@@ -252,10 +252,10 @@ def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     place: dict[str, Any] = {"device_map": {"": str(on)}} if on.type == "cuda" or bits or stored_4bit else {}
     if bits and stored_4bit is None:
         place["quantization_config"] = quantization.settings(schema.Quantization(), on)
+    model_config = model_load.read_model_config(base)
+    device.share_cores(model_config, on)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base.weights_folder, config=model_load.read_model_config(base), dtype=held, **place
-        )
+        model = AutoModelForCausalLM.from_pretrained(base.weights_folder, config=model_config, dtype=held, **place)
     except (OSError, ValueError, KeyError) as cause:
         raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
     if bits or stored_4bit is not None:

@@ -39,7 +39,7 @@ def verify(
             Path(merged),
             locate.model(Model(name=base)),
             [with_weight(text) for text in adapter],
-            name_options(model_class, key_map, is_clip=is_clip),
+            names=name_options(model_class, key_map, is_clip=is_clip),
         )
         console.result(report.text())
         return 0 if report.good else 1

@@ -36,7 +36,7 @@ class Model(Section):
         "pretrained", description="`random` takes config.json and tokenizer from `name` and draws new weights"
     )
     dtype: Dtype = Field(
-        "auto", description="dtype of the frozen weights; auto: the checkpoint's own (fp32 for `method: full` on CPU)"
+        "auto", description="dtype of the frozen weights; auto: the checkpoint's own (fp32 on a CPU for full and qlora)"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="attention code; auto: what transformers chooses"

@@ -69,6 +69,8 @@ class LowRank:
         a: (rank, in).
         b: (out, rank).
         scale: alpha/rank, or alpha/sqrt(rank) with rsLoRA.
+        magnitude: (out,), DoRA's trained norm of each row; None without DoRA.
+        bias: (out,), the bias of lora_B; None without.
         embedding: the module is an embedding, whose weight is (vocabulary, hidden): the transposed product is added.
         b_columns: (first, step): only these columns of `b` belong to it; None: all.
     """
@@ -77,6 +79,8 @@ class LowRank:
     a: Source
     b: Source
     scale: float
+    magnitude: Source | None = None
+    bias: Source | None = None
     embedding: bool = False
     b_columns: tuple[int, int] | None = None
 
@@ -131,10 +135,6 @@ class Adapter:
     @property
     def target_parameters(self) -> list[str]:
         return list(self.config.get("target_parameters") or [])
-
-    @property
-    def num_tensors(self) -> int:
-        return 2 * len(self.low_rank) + len(self.replaced) + len(self.token_rows)
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -222,10 +222,6 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     for key in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"):
         if config.get(key) not in (None, True, False):
             raise CheckpointError(f"{path}: {key} must be true or false, it is {config[key]!r}")
-    if config.get("use_dora"):
-        raise PlanError(f"{path}: use_dora is set: merging DoRA is not built; {_PEFT_FALLBACK}")
-    if config.get("lora_bias"):
-        raise PlanError(f"{path}: lora_bias is set: merging the bias of lora_B is not built; {_PEFT_FALLBACK}")
     if config.get("bias") not in (None, "none", "all", "lora_only"):
         raise CheckpointError(f"{path}: bias must be none, all or lora_only, it is {config['bias']!r}")
     named = config.get("target_parameters") or []
@@ -368,14 +364,18 @@ def _replaced_name(name: str, key: str, path: Path) -> str:
 
 def _pair(module: str, found: Mapping[str, Source], config: Mapping[str, Any], path: Path) -> LowRank:
     """Check the matrices of one module and compute its scale."""
-    if "lora_magnitude_vector" in found:
-        raise PlanError(f"{path}: {module} has a DoRA magnitude: merging DoRA is not built; {_PEFT_FALLBACK}")
-    if "bias" in found:
-        raise PlanError(f"{path}: {module} has a lora_B.bias: merging it is not built; {_PEFT_FALLBACK}")
     embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
     a, b = (found.get(f"lora_embedding_{side}" if embedding else side) for side in "AB")
-    if a is None or b is None or len(found) != 2:
+    magnitude, bias = found.get("lora_magnitude_vector"), found.get("bias")
+    num_known = sum(side is not None for side in (a, b, magnitude, bias))
+    if a is None or b is None or len(found) != num_known:
         raise CheckpointError(f"{path}: {module} has {', '.join(sorted(found))} only; A and B belong together")
+    for key, vector, what in (("use_dora", magnitude, "lora_magnitude_vector"), ("lora_bias", bias, "lora_B.bias")):
+        if bool(config.get(key)) != (vector is not None):
+            there = "is there" if vector is not None else "is missing"
+            raise CheckpointError(f"{path}: {module}: {what} {there}, but {CONFIG} says {key}: {config.get(key)}")
+        if vector is not None and vector.numel != b.shape[0]:
+            raise CheckpointError(f"{path}: {module}: {what} has {vector.numel} numbers for {b.shape[0]} rows")
     if len(a.shape) != 2 or len(b.shape) != 2:
         hint = "; saved by ZeRO-3 or FSDP in pieces?" if len(a.shape) < 2 else ""
         raise CheckpointError(
@@ -385,7 +385,7 @@ def _pair(module: str, found: Mapping[str, Source], config: Mapping[str, Any], p
     if rank == 0 or b.shape[1] != rank:
         raise CheckpointError(f"{path}: {module}: A {a.shape} and B {b.shape} do not share a rank")
     scale = checked_scale(config, module, rank, path)
-    return LowRank(module, a, b, scale, embedding)
+    return LowRank(module, a, b, scale, magnitude, bias, embedding)
 
 
 def checked_scale(config: Mapping[str, Any], name: str, rank: int, path: Path) -> float:

@@ -12,8 +12,9 @@ from fastft.convert.folder import Checkpoint
 from fastft.convert.matching import CLIP_CLASS
 from fastft.errors import PlanError
 
-_KINDS = ("clip", "clip_vision_model")
-_PREFIX = "vision_model."
+VISION_TYPE = "clip_vision_model"
+_KINDS = ("clip", VISION_TYPE)
+PREFIX = "vision_model."
 # Saved by transformers before 4.31: the numbers from 0 on, which are no weights.
 _COUNTERS = ("embeddings.position_ids",)
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -34,10 +35,10 @@ def vision_tower(base: Checkpoint) -> Checkpoint:
     tensors = {
         name: source
         for name, source in base.tensors.items()
-        if (not whole or name.startswith(_PREFIX)) and not name.endswith(_COUNTERS)
+        if (not whole or name.startswith(PREFIX)) and not name.endswith(_COUNTERS)
     }
     if not tensors:
-        raise PlanError(f"{base.folder}: no tensor of it starts with {_PREFIX!r}; it holds no vision tower")
+        raise PlanError(f"{base.folder}: no tensor of it starts with {PREFIX!r}; it holds no vision tower")
     return replace(base, tensors=tensors)
 
 
@@ -53,4 +54,4 @@ def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
             vision.pop(key, None)
             if config.get(key) is not None:
                 vision[key] = config[key]
-    return {**vision, "architectures": [CLIP_CLASS], "model_type": _KINDS[1]}
+    return {**vision, "architectures": [CLIP_CLASS], "model_type": VISION_TYPE}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft import console, publish
-from fastft.convert import internlm2
+from fastft.convert import internlm2, sentencepiece_model
 from fastft.convert.folder import (
     INDEX,
     PICKLE_INDEX,
@@ -141,9 +141,7 @@ def plan(checkpoint: Checkpoint) -> Layout:
     if kind not in ("internlm", "internlm2"):
         raise PlanError(f"{checkpoint.folder}: model_type is {kind!r}; internlm and internlm2 are laid out as Llama")
     chosen = {name: path for name, path in side_files(checkpoint.folder).items() if not name.endswith(".py")}
-    texts = {}
-    if _TOKENIZER_CONFIG in chosen:
-        texts[_TOKENIZER_CONFIG] = _tokenizer_config(chosen.pop(_TOKENIZER_CONFIG))
+    texts = _tokenizer_texts(chosen)
     if kind == "internlm2":
         return Layout(tuple(llama_tensors(checkpoint)), {}, llama_config(checkpoint.config), chosen, texts)
     files = [file.path for file in checkpoint.fingerprints if file.path.name != "config.json"]
@@ -232,6 +230,18 @@ def _llama_config_of_v1(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "dynamic":
         new["rope_scaling"] = {"rope_type": "dynamic", "factor": float(rotary.get("scaling_factor", 1.0))}
     return new
+
+
+def _tokenizer_texts(chosen: dict[str, Path]) -> dict[str, bytes]:
+    """Make the tokenizer one that is read without the model's own code; what is rewritten leaves `chosen`."""
+    texts = {}
+    config: Mapping[str, Any] = {}
+    if _TOKENIZER_CONFIG in chosen:
+        config = read_object(chosen[_TOKENIZER_CONFIG])
+        texts[_TOKENIZER_CONFIG] = _tokenizer_config(chosen.pop(_TOKENIZER_CONFIG))
+    if "tokenizer.json" not in chosen and "tokenizer.model" in chosen:
+        texts["tokenizer.json"] = sentencepiece_model.tokenizer_json(chosen["tokenizer.model"], config)
+    return texts
 
 
 def _tokenizer_config(path: Path) -> bytes:

@@ -9,20 +9,27 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastft import console, publish
 from fastft.convert.adapter import Adapter, read_adapter
 from fastft.convert.folder import Checkpoint, read_checkpoint
+from fastft.convert.four_bit import FourBit
 from fastft.convert.matching import NameOptions
 from fastft.convert.model_config import ConfigEdits, edited_text
 from fastft.convert.names import BaseNames, Joined, TokenRows, join
 from fastft.convert.plan import (
+    Cast,
+    Copy,
     Delta,
+    Dora,
+    FourBitMerge,
     Merge,
     OutputTensor,
     Part,
     Rows,
     Shard,
+    Shift,
     into_shards,
     natural_order,
     taken_over,
@@ -32,7 +39,7 @@ from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
 from fastft.convert.source import DTYPES, FLOATS, Source, check_unchanged, read_bytes
 from fastft.convert.stream import write_shards
 from fastft.convert.target import check_target
-from fastft.convert.tied import Tied, find_tied
+from fastft.convert.tied import Tied, find_tied, is_embedding
 from fastft.errors import PlanError, UsageError
 
 
@@ -112,6 +119,7 @@ def plan(
     dtype: str = "auto",
     max_shard_size_bytes: int = DEFAULT_MAX_SHARD_SIZE_BYTES,
     names: NameOptions | None = None,
+    four_bit: FourBit | None = None,
 ) -> MergePlan:
     """Plan a merge; reads config files and headers, writes nothing.
 
@@ -121,7 +129,8 @@ def plan(
             updates are summed before the one rounding.
         dtype: auto (each tensor keeps the base's), bf16, fp16 or fp32 (all floating tensors).
         max_shard_size_bytes: greedy limit of a file of the result.
-        names: how names are found where they are not equal.
+        names: how names are found where they are not equal, and what of the base is meant.
+        four_bit: merge onto the linear layers as a QLoRA training saw them, quantized like this and back.
 
     Raises:
         FileError, CheckpointError, PlanError: what is missing, broken, or cannot be merged right.
@@ -133,7 +142,9 @@ def plan(
     read = tuple((read_adapter(folder), weight) for folder, weight in adapters)
     joined = _joined(base, tied, read, names)
     tensors, untied = _output_tensors(base, joined, tied, output_dtype(dtype), read)
-    notes = [*_training_notes(read)]
+    if four_bit is not None:
+        tensors = _onto_four_bit(tensors, base, four_bit, read)
+    notes = [*_training_notes(read, four_bit)]
     if untied:
         notes.append(
             f"the head and the embedding shared one tensor and differ now: both are written"
@@ -145,7 +156,7 @@ def plan(
         base,
         read,
         into_shards(sorted(tensors, key=lambda tensor: natural_order(tensor.name)), max_shard_size_bytes),
-        frozenset([*joined.deltas, *joined.replaced, *joined.token_rows]),
+        frozenset([*joined.deltas, *joined.replaced, *joined.token_rows, *joined.shifts]),
         edits,
         side_files(base.folder, [adapter.folder for adapter, _ in read], vision_only=is_clip),
         tuple(notes),
@@ -208,11 +219,57 @@ def planned_tensors(
     adapters: Sequence[tuple[Adapter, float]],
     dtype: str | None,
     names: NameOptions | None = None,
+    four_bit: FourBit | None = None,
 ) -> list[OutputTensor]:
     """Plan the tensors only, in the order of the base's files; for `verify`."""
     tied = find_tied(base.config, base.tensors)
     joined = _joined(base, tied, adapters, names)
-    return _output_tensors(base, joined, tied, dtype, adapters)[0]
+    tensors = _output_tensors(base, joined, tied, dtype, adapters)[0]
+    return tensors if four_bit is None else _onto_four_bit(tensors, base, four_bit, adapters)
+
+
+def _onto_four_bit(
+    tensors: Sequence[OutputTensor],
+    base: Checkpoint,
+    four_bit: FourBit,
+    adapters: Sequence[tuple[Adapter, float]],
+) -> list[OutputTensor]:
+    """Let each linear layer that a QLoRA training held in 4 bit start from what it saw there.
+
+    transformers quantizes every linear layer but the head; which ones stayed as they were is in the `skip` list of
+    fastft_training.json. Fused experts and their routers stay too (spec/formats.md 4.5).
+    """
+    if four_bit.double_quant and base.config.get("model_type") == "internlm2":
+        raise PlanError(
+            f"{base.folder}: with double quantization the fused wqkv of InternLM2's own files cannot be taken back to"
+            " 4 bit as the training did; merge onto the folder in Llama's layout"
+        )
+    skipped = {name for adapter, _ in adapters for name in _quantization(adapter).get("skip") or ()}
+    changed: list[OutputTensor] = []
+    for tensor in tensors:
+        operation = tensor.operation
+        path = tensor.name.removesuffix(".weight")
+        held_in_4_bit = (
+            tensor.name in base.tensors
+            and len(tensor.shape) == 2
+            and tensor.name.endswith(".weight")
+            and not is_embedding(tensor.name)
+            and not tensor.name.endswith(("lm_head.weight", "output.weight"))
+            and ".experts." not in tensor.name
+            and path not in skipped
+            and base.tensors[tensor.name].dtype in FLOATS
+        )
+        if not held_in_4_bit:
+            changed.append(tensor)
+        elif isinstance(operation, Dora):
+            raise PlanError(f"{tensor.name!r}: DoRA onto a 4-bit base is not built; merge onto the 16-bit base")
+        elif isinstance(operation, Copy | Cast) and operation.source != base.tensors[tensor.name]:
+            changed.append(tensor)  # replaced whole by the adapter
+        else:
+            deltas = operation.deltas if isinstance(operation, Merge) else ()
+            start = FourBitMerge(base.tensors[tensor.name], deltas, four_bit)
+            changed.append(OutputTensor(tensor.name, tensor.dtype, tensor.shape, start))
+    return changed
 
 
 def read_base(folder: Path, names: NameOptions | None) -> Checkpoint:
@@ -241,7 +298,12 @@ def _summed(parts: Sequence[tuple[Adapter, Joined]]) -> Joined:
     total = Joined()
     for adapter, part in parts:
         for name, deltas in part.deltas.items():
-            total.deltas.setdefault(name, []).extend(deltas)
+            known = total.deltas.setdefault(name, [])
+            if known and any(delta.magnitude is not None for delta in (*known, *deltas)):
+                raise PlanError(f"{adapter.folder}: {name!r} is changed by two adapters, one of them DoRA; merge one")
+            known.extend(deltas)
+        for name, addends in part.shifts.items():
+            total.shifts.setdefault(name, []).extend(addends)
         for name in [*part.replaced, *part.token_rows]:
             if name in total.replaced or name in total.token_rows:
                 raise PlanError(f"{adapter.folder}: replaces {name!r}, which another adapter replaces too; merge one")
@@ -295,12 +357,14 @@ def _output_tensor(name: str, source: Source, joined: Joined, dtype: str | None)
     source_or_new = joined.replaced.get(name, source)
     deltas = joined.deltas.get(name)
     rows = joined.token_rows.get(name)
-    if (deltas or rows or name in joined.replaced) and source.dtype not in FLOATS:
+    if (deltas or rows or name in joined.replaced or name in joined.shifts) and source.dtype not in FLOATS:
         raise PlanError(f"{name!r} of the base is {source.dtype}; only {', '.join(FLOATS)} can be changed")
     if deltas:
-        return OutputTensor(
-            name, kept_dtype, source_or_new.shape, Merge(_as_rows(source_or_new, deltas), tuple(deltas))
-        )
+        dora = any(delta.magnitude is not None for delta in deltas)
+        operation = (Dora if dora else Merge)(_as_rows(source_or_new, deltas), tuple(deltas))
+        return OutputTensor(name, kept_dtype, source_or_new.shape, operation)
+    if name in joined.shifts:
+        return OutputTensor(name, kept_dtype, source_or_new.shape, Shift(source_or_new, tuple(joined.shifts[name])))
     if rows is not None:
         return OutputTensor(name, kept_dtype, source.shape, _with_rows(source, rows))
     return taken_over(name, source_or_new, dtype if name not in joined.replaced else kept_dtype)
@@ -383,19 +447,29 @@ def _vocab_size(base: Checkpoint, joined: Joined) -> int | None:
     return sizes.pop() if sizes else None
 
 
-def _training_notes(adapters: Sequence[tuple[Adapter, float]]) -> list[str]:
+def _training_notes(adapters: Sequence[tuple[Adapter, float]], four_bit: FourBit | None) -> list[str]:
     """Say what the sidecar of a training tells about the right base."""
     notes = []
     for adapter, _ in adapters:
-        quantization = (adapter.training or {}).get("quantization")
-        if quantization:
+        quantization = _quantization(adapter)
+        if quantization and four_bit is None:
             notes.append(
                 f"{adapter.folder.name} was trained on a {_kind(quantization)} copy of the base (QLoRA); it is merged"
                 " onto the weights as they are in the base folder, which is the usual way"
             )
+    if four_bit is not None:
+        double = " with double quantization" if four_bit.double_quant else ""
+        notes.append(
+            f"the linear layers start from what {four_bit.type}{double} made of them, as the training saw them"
+        )
     return notes
 
 
-def _kind(quantization: object) -> str:
-    kind = quantization.get("type") or quantization.get("quant_type") if isinstance(quantization, dict) else None
-    return str(kind or "quantized")
+def _quantization(adapter: Adapter) -> Mapping[str, Any]:
+    """Give the `quantization` of fastft_training.json, empty where there is none."""
+    quantization = (adapter.training or {}).get("quantization")
+    return quantization if isinstance(quantization, dict) else {}
+
+
+def _kind(quantization: Mapping[str, Any]) -> str:
+    return str(quantization.get("type") or "quantized")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastft.convert.json_file import read_regular_file
+from fastft.convert.json_file import parse_object, read_regular_file
 from fastft.convert.source import CONFIG_DTYPES
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -30,9 +30,10 @@ class ConfigEdits:
 
 
 def edited_text(path: Path, config: Mapping[str, Any], edits: ConfigEdits) -> bytes:
-    """Give the bytes of the new config.json: the old ones where nothing changes."""
+    """Give the bytes of the new config.json: those of the file at `path` where it says the same already."""
     new = edited(config, edits)
-    return read_regular_file(path) if new == config else config_text(new).encode()
+    content = read_regular_file(path)
+    return content if parse_object(content, str(path)) == new else config_text(new).encode()
 
 
 def config_text(config: Mapping[str, Any]) -> str:

@@ -12,11 +12,11 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fastft.convert import internlm2
+from fastft.convert import clip, internlm2
 from fastft.convert.adapter import Adapter, LowRank
 from fastft.convert.folder import Checkpoint
 from fastft.convert.matching import NameOptions, Names, Target, with_key_map
-from fastft.convert.plan import Delta
+from fastft.convert.plan import Addend, Delta
 from fastft.convert.source import Source, rows_of
 from fastft.convert.tied import Tied, is_embedding
 from fastft.errors import CheckpointError, PlanError
@@ -41,6 +41,7 @@ class Joined:
     """What one adapter does to each tensor of the base, by the base's names."""
 
     deltas: dict[str, list[Delta]] = field(default_factory=dict)
+    shifts: dict[str, list[Addend]] = field(default_factory=dict)
     replaced: dict[str, Source] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
 
@@ -76,7 +77,8 @@ class BaseNames:
             # The head can be a target though no file holds it.
             self.shapes.setdefault(tied.head, self.shapes[tied.embedding])
         self._base = base
-        self._equal = EqualNames(self.shapes, base.config)
+        config = clip.vision_config(base.config) if self.options.is_clip else base.config
+        self._equal = EqualNames(self.shapes, config)
 
     @cached_property
     def _by_model(self) -> "ModelNames":
@@ -136,6 +138,9 @@ def join(
         shapes[target] = source.shape
     for path, low_rank in adapter.low_rank.items():
         for goal in known.targets(path):
+            if low_rank.bias is not None:
+                name = goal.name.removesuffix(".weight") + ".bias"
+                joined.shifts.setdefault(name, []).append(_addend(adapter, low_rank, goal, shapes.get(name), weight))
             joined.deltas.setdefault(goal.name, []).append(_delta(adapter, low_rank, goal, shapes[goal.name], weight))
     for low_rank, goal in known.parameter_updates(adapter):
         joined.deltas.setdefault(goal.name, []).append(_delta(adapter, low_rank, goal, shapes[goal.name], weight))
@@ -198,6 +203,9 @@ def _targets(path: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[s
     """Find the tensors that an update of the module `path` belongs to; none: not found."""
     if f"{path}.weight" in shapes:
         return [Target(f"{path}.weight")]
+    if config.get("model_type") == clip.VISION_TYPE:
+        # transformers 5 leaves the prefix out of the module's path, its files keep it.
+        return [Target(f"{clip.PREFIX}{path}.weight")] if f"{clip.PREFIX}{path}.weight" in shapes else []
     layer = internlm2.split_layer(path)
     if internlm2.is_internlm2(config):
         if layer is not None and layer[1] in internlm2.PROJECTIONS and f"{layer[0]}{internlm2.FUSED}.weight" in shapes:
@@ -223,6 +231,10 @@ def _same_tensor(name: str, shapes: Mapping[str, tuple[int, ...]], config: Mappi
     """Find the one tensor of the base that a whole tensor of the adapter stands for."""
     if name in shapes:
         return name
+    if config.get("model_type") == clip.VISION_TYPE:
+        return f"{clip.PREFIX}{name}" if f"{clip.PREFIX}{name}" in shapes else None
+    if config.get("model_type") == clip.VISION_TYPE:
+        return f"{clip.PREFIX}{name}" if f"{clip.PREFIX}{name}" in shapes else None
     path, _, kind = name.rpartition(".")
     rename = internlm2.internlm2_name if internlm2.is_internlm2(config) else internlm2.llama_name
     own = rename(path)
@@ -243,10 +255,46 @@ def _delta(adapter: Adapter, low_rank: LowRank, target: Target, shape: tuple[int
             f"{adapter.folder}: {low_rank.path}: the update is {_by(given)}, but {target.name!r} of the base is"
             f" {_by(expected)}; the adapter was trained on another model"
         )
+    if low_rank.magnitude is not None and weight != 1.0:
+        raise PlanError(f"{adapter.folder}: a weight of {weight:g} has no meaning for DoRA; use weight 1")
+    if low_rank.magnitude is not None and (len(shape) != len(low_rank.a.shape) or (transposed and target.rows)):
+        raise PlanError(
+            f"{adapter.folder}: {low_rank.path}: DoRA on a part of {target.name!r} is not built; merge it with PEFT's"
+            " merge_and_unload instead"
+        )
     # The columns of a transposed product are rows of B.
     b = low_rank.b if target.columns is None else rows_of(low_rank.b, *target.columns)
-    scale = low_rank.scale * weight
-    return Delta(low_rank.a, b, scale, transposed, target.rows, b_columns=low_rank.b_columns)
+    return Delta(
+        low_rank.a,
+        b,
+        low_rank.scale * weight,
+        transposed,
+        target.rows,
+        magnitude=low_rank.magnitude,
+        b_columns=low_rank.b_columns,
+    )
+
+
+def _addend(
+    adapter: Adapter, low_rank: LowRank, target: Target, shape: tuple[int, ...] | None, weight: float
+) -> Addend:
+    """Make the update of a module's bias from the bias of its lora_B."""
+    assert low_rank.bias is not None
+    if shape is None:
+        raise PlanError(
+            f"{adapter.folder}: {low_rank.path} has a lora_B.bias, but that layer of the base has no bias to add it to"
+        )
+    if target.product is not None:
+        raise PlanError(
+            f"{adapter.folder}: {low_rank.path}: lora_bias on a part of {target.name!r} is not built; merge it with"
+            " PEFT's merge_and_unload instead"
+        )
+    rows = target.product_rows if target.rows is not None else shape[0]
+    if low_rank.bias.numel != rows:
+        raise CheckpointError(
+            f"{adapter.folder}: {low_rank.path}: its lora_B.bias has {low_rank.bias.numel} numbers, the base {rows}"
+        )
+    return Addend(low_rank.bias, low_rank.scale * weight, target.rows)
 
 
 def _check_replacement(adapter: Adapter, name: str, source: Source, shape: tuple[int, ...], tied: Tied | None) -> None:

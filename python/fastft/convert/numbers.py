@@ -1,6 +1,6 @@
 """Numbers of 16 and 32 bit in numpy, which knows no bf16: for the checks that recompute what the stream wrote."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastft.convert.source import Source
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Float32 = NDArray[np.float32]
+    Bits = NDArray[np.uint16] | NDArray[np.uint32]
 
 
 def as_float32(content: bytes, source: Source) -> "Float32":
@@ -26,7 +27,7 @@ def as_float32(content: bytes, source: Source) -> "Float32":
     return numbers.reshape(-1, *source.shape[1:]) if source.shape else numbers.reshape(())
 
 
-def rounded(numbers: "Float32", dtype: str) -> "NDArray[np.uint16] | NDArray[np.uint32]":
+def rounded(numbers: "Float32", dtype: str) -> "Bits":
     """Round f32 to nearest even and give the bits (u16 for F16 and BF16, u32 for F32)."""
     import numpy as np
 
@@ -39,14 +40,14 @@ def rounded(numbers: "Float32", dtype: str) -> "NDArray[np.uint16] | NDArray[np.
     return ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(np.uint16)
 
 
-def bits_of(content: bytes, dtype: str) -> "NDArray[np.uint16] | NDArray[np.uint32]":
+def bits_of(content: bytes, dtype: str) -> "Bits":
     """Give the stored bits of a float tensor, flat."""
     import numpy as np
 
     return np.frombuffer(content, "<u4") if dtype == "F32" else np.frombuffer(content, "<u2")
 
 
-def values_of(bits: "NDArray[np.uint16] | NDArray[np.uint32]", dtype: str) -> "Float32":
+def values_of(bits: "Bits", dtype: str) -> "Float32":
     """Widen stored bits to f32, in their shape."""
     import numpy as np
 
@@ -55,15 +56,13 @@ def values_of(bits: "NDArray[np.uint16] | NDArray[np.uint32]", dtype: str) -> "F
     return bits.view(np.float32 if dtype == "F32" else np.float16).astype(np.float32)
 
 
-def ulp_distance(
-    one: "NDArray[np.unsignedinteger[Any]]", other: "NDArray[np.unsignedinteger[Any]]"
-) -> "NDArray[np.int64]":
+def ulp_distance(one: "Bits", other: "Bits") -> "NDArray[np.int64]":
     """Count the representable numbers between two of the same dtype, given by their bits; -0 and +0 are one."""
     import numpy as np
 
     sign = np.int64(1) << np.int64(one.dtype.itemsize * 8 - 1)
 
-    def place(bits: "NDArray[np.unsignedinteger[Any]]") -> "NDArray[np.int64]":
+    def place(bits: "Bits") -> "NDArray[np.int64]":
         wide = bits.astype(np.int64)
         return np.where(wide & sign, sign - wide, wide)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastft import _native
 from fastft.convert.folder import INDEX, SINGLE
+from fastft.convert.four_bit import FourBit
 from fastft.convert.source import FLOATS, Source, num_bytes
 from fastft.errors import PlanError
 
@@ -56,6 +57,7 @@ class Delta:
         scale: multiplies the product, in f32.
         transposed: the weight is stored as (in, out), the transposed product is added.
         rows: (row of the weight, row of the product, count) where the weight fuses several projections; None: all.
+        magnitude: (out,), DoRA's norm of each row of the updated weight; None without DoRA.
         b_columns: (first, step): the columns of `b` that make the factor (one expert of many); None: all.
     """
 
@@ -64,6 +66,7 @@ class Delta:
     scale: float
     transposed: bool = False
     rows: tuple[tuple[int, int, int], ...] | None = None
+    magnitude: Source | None = None
     b_columns: tuple[int, int] | None = None
 
     @property
@@ -79,7 +82,44 @@ class Merge:
     deltas: tuple[Delta, ...]
 
 
-Operation = Copy | Cast | Rows | Merge
+@dataclass(frozen=True, slots=True)
+class Dora:
+    """W + D with each row scaled to its trained magnitude (each column where the delta is transposed).
+
+    Where a delta names rows, only those are scaled; rows belong to one delta.
+    """
+
+    source: Source
+    deltas: tuple[Delta, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Addend:
+    """A vector that is added to a bias: scale * source, on rows as in `Delta`."""
+
+    source: Source
+    scale: float
+    rows: tuple[tuple[int, int, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """f32(b) plus the sum of vectors, rounded once."""
+
+    source: Source
+    addends: tuple[Addend, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitMerge:
+    """The base as a 4-bit training saw it (quantized, dequantized, rounded to its dtype), plus the deltas."""
+
+    source: Source
+    deltas: tuple[Delta, ...]
+    four_bit: FourBit
+
+
+Operation = Copy | Cast | Rows | Merge | Dora | Shift | FourBitMerge
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +190,11 @@ def index_name(single: str = SINGLE) -> str:
     return INDEX if single == SINGLE else f"{single}.index.json"
 
 
+def is_computed(operation: Operation) -> bool:
+    """Tell whether `computed` makes the tensor, because the native stream has no such arithmetic."""
+    return isinstance(operation, Dora | Shift | FourBitMerge)
+
+
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts layer 2 before layer 10."""
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split("."))
@@ -172,7 +217,7 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
                     "name": tensor.name,
                     "dtype": tensor.dtype,
                     "shape": tensor.shape,
-                    "op": _operation(tensor.operation, side),
+                    "op": _operation(tensor, side),
                 }
                 for tensor in shard.tensors
             ],
@@ -182,8 +227,8 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
     return json.dumps({"files": list(files), "shards": plan})
 
 
-def _operation(operation: Operation, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
-    match operation:
+def _operation(tensor: OutputTensor, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
+    match tensor.operation:
         case Copy(source):
             return {"kind": "copy", "source": side(source)}
         case Cast(source):
@@ -193,6 +238,9 @@ def _operation(operation: Operation, side: Callable[[Source], dict[str, Any]]) -
                 "kind": "rows",
                 "parts": [{"source": side(part.source), "start": part.start, "count": part.count} for part in parts],
             }
+        case Dora(source) | Shift(source) | FourBitMerge(source):
+            # The base for now; `computed` writes over it.
+            return {"kind": "copy" if source.dtype == tensor.dtype else "cast", "source": side(source)}
         case Merge(source, deltas):
             return {
                 "kind": "merge",

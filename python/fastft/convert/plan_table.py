@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING
 
-from fastft.convert.plan import Cast, Copy, Merge, OutputTensor, Rows, Shard
+from fastft.convert.plan import Cast, Copy, Dora, FourBitMerge, Merge, OutputTensor, Rows, Shard, Shift
 from fastft.convert.size import readable
 
 if TYPE_CHECKING:
@@ -77,9 +77,15 @@ def _operation(tensor: OutputTensor) -> dict[str, object]:
             return {"operation": "cast", "from": str(source.file), "from_dtype": source.dtype}
         case Rows(parts):
             return {"operation": "rows", "from": sorted({str(part.source.file) for part in parts})}
-        case Merge(source, deltas):
+        case Shift(source, addends):
             return {
-                "operation": "merge",
+                "operation": "shift",
+                "from": str(source.file),
+                "updates": [{"from": str(addend.source.file), "scale": addend.scale} for addend in addends],
+            }
+        case Merge(source, deltas) | Dora(source, deltas) | FourBitMerge(source, deltas):
+            return {
+                "operation": {Merge: "merge", Dora: "dora", FourBitMerge: "four_bit"}[type(tensor.operation)],
                 "from": str(source.file),
                 "updates": [
                     {
@@ -108,6 +114,13 @@ def _what(tensor: OutputTensor) -> str:
             return f"from {_DTYPE_WORDS.get(source.dtype, source.dtype)}"
         case Rows(parts):
             return f"rows of {len({part.source for part in parts})}"
+        case Shift():
+            return "+ bias of lora_B"
+        case Dora(_, deltas):
+            return f"dora r={deltas[0].rank} s={deltas[0].scale:.4g}"
+        case FourBitMerge(_, deltas, four_bit):
+            update = f" r={deltas[0].rank}" if deltas else ""
+            return f"{four_bit.type} and back{update}"[:17]
         case Merge(_, deltas):
             if len(deltas) == 1:
                 return f"+ r={deltas[0].rank} s={deltas[0].scale:.4g}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastft import _native, console
+from fastft.convert.computed import fill_in
 from fastft.convert.folder import read_safetensors
 from fastft.convert.plan import Shard, index_name, index_text, native_json
 from fastft.errors import CheckpointError
@@ -40,6 +41,7 @@ def write_shards(shards: Sequence[Shard], folder: Path, what: str, *, single: st
         done = _native.run_plan(
             native_json(shards, folder), progress=lambda now, in_all: advance(total * now / max(in_all, 1))
         )
+    fill_in(shards, folder)
     if len(shards) > 1:
         (folder / index_name(single)).write_text(index_text(shards), encoding="utf-8")
     check_written(shards, folder)

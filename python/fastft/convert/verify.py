@@ -5,7 +5,9 @@ in place (all rows of small models, some rows of each tensor of large ones). The
 the native stream.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import TYPE_CHECKING, Literal
 
 from fastft import console
 from fastft.convert.adapter import read_adapter
+from fastft.convert.arithmetic import BLOCK_ELEMENTS, Arithmetic, row_bytes
 from fastft.convert.folder import existing_folder, read_weights
+from fastft.convert.four_bit import FourBit
 from fastft.convert.matching import NameOptions
 from fastft.convert.merge import planned_tensors, read_base
-from fastft.convert.numbers import as_float32, bits_of, rounded, ulp_distance, values_of
-from fastft.convert.plan import Cast, Copy, Delta, Merge, OutputTensor, Part, Rows
+from fastft.convert.numbers import bits_of, rounded, ulp_distance, values_of
+from fastft.convert.plan import Cast, Copy, Merge, OutputTensor
 from fastft.convert.source import FLOATS, Source, read_bytes
 from fastft.errors import CheckpointError
 
@@ -40,11 +44,9 @@ _MEANING: dict[Status, str] = {
     "shape": "another shape",
     "dtype": "not a floating dtype that can be compared",
 }
-# Elements that are held in memory at once: 4 arrays of 4 bytes each make 64 MiB.
-_BLOCK_ELEMENTS = 4 * 1024 * 1024
 # Up to this size `merge` looks at every row of its result.
 _CHECK_ALL_BYTES = 64 * 1024 * 1024
-_SAMPLED_ROWS = 8
+_SAMPLED_ROWS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +106,32 @@ class VerifyReport:
 
 
 def verify(
-    merged: Path, base: Path, adapters: Sequence[tuple[Path, float]], names: NameOptions | None = None
+    merged: Path,
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    *,
+    names: NameOptions | None = None,
+    four_bit: FourBit | None = None,
 ) -> VerifyReport:
-    """Compute every tensor of `merged` again from the base and the adapters, and compare; `names` as in the merge.
+    """Compute every tensor of `merged` again from the base and the adapters, and compare.
 
-    The dtypes of `merged` are taken as they are: a merge with `--dtype fp16` is compared in fp16.
+    `names` and `four_bit` are those of the merge. The dtypes of `merged` are taken as they are: a merge with
+    `--dtype fp16` is compared in fp16.
 
     Raises:
         FileError, CheckpointError, PlanError: one of the folders cannot be read, or they do not fit together.
     """
     merged = existing_folder(merged, "the merged model")
     written, _ = read_weights(merged)
-    planned = planned_tensors(
-        read_base(base, names), [(read_adapter(folder), weight) for folder, weight in adapters], None, names
-    )
+    read = [(read_adapter(folder), weight) for folder, weight in adapters]
+    planned = planned_tensors(read_base(base, names), read, None, names, four_bit)
     checks: list[TensorCheck] = []
     total = sum(tensor.nbytes for tensor in planned)
     done = 0
-    with console.progress("verifying", total, "B") as advance:
-        for tensor in planned:
-            checks.append(_check_tensor(tensor, written.get(tensor.name), None))
+    with console.progress("verifying", total, "B") as advance, ThreadPoolExecutor(os.cpu_count()) as workers:
+        found = workers.map(lambda tensor: _check_tensor(tensor, written.get(tensor.name), None), planned)
+        for tensor, check in zip(planned, found, strict=True):
+            checks.append(check)
             done += tensor.nbytes
             advance(done)
     expected = {tensor.name for tensor in planned}
@@ -171,24 +179,21 @@ def _check_tensor(tensor: OutputTensor, written: Source | None, num_rows: int | 
 def _check_floats(tensor: OutputTensor, written: Source, num_rows: int | None, *, targeted: bool) -> TensorCheck:
     import numpy as np
 
-    factors: dict[Source, Float32] = {}
+    arithmetic = Arithmetic(tensor.operation)
     num_off = max_ulp = 0
     explained, as_base, base_expected = True, targeted, True
     for start, count in _blocks(written.shape, num_rows):
-        got = bits_of(_rows_of(written, start, count), written.dtype)
-        exact, base = _expected(tensor.operation, start, count, factors)
+        got = bits_of(row_bytes(written, start, count), written.dtype)
+        exact = arithmetic.rows(start, count)
         expected = rounded(exact, written.dtype).reshape(-1)
         differing = (expected != got) & ~(np.isnan(exact.reshape(-1)) & _is_nan(got, written.dtype))
         if differing.any():
             num_off += int(differing.sum())
             max_ulp = max(max_ulp, int(ulp_distance(expected[differing], got[differing]).max()))
-            merge = tensor.operation
-            explained = (
-                explained
-                and isinstance(merge, Merge)
-                and _within(merge, start, exact, got, dtype=written.dtype, factors=factors)
-            )
-        if as_base and base is not None:
+            found = values_of(got, written.dtype).reshape(exact.shape)
+            explained = explained and _explained(arithmetic, start, exact, found, differing, dtype=written.dtype)
+        base = arithmetic.base_rows(start, count) if as_base else None
+        if base is not None:
             base_bits = rounded(base, written.dtype).reshape(-1)
             as_base = bool(np.array_equal(base_bits, got))
             base_expected = base_expected and bool(np.array_equal(base_bits, expected))
@@ -201,7 +206,7 @@ def _check_floats(tensor: OutputTensor, written: Source, num_rows: int | None, *
 def _blocks(shape: tuple[int, ...], num_rows: int | None) -> Iterator[tuple[int, int]]:
     """Give (first row, number of rows) of the blocks to compare; a scalar is one row."""
     rows = shape[0] if shape else 1
-    step = max(1, _BLOCK_ELEMENTS // max(1, prod(shape[1:])))
+    step = max(1, BLOCK_ELEMENTS // max(1, prod(shape[1:])))
     if num_rows is None or rows <= 3 * num_rows:
         yield from ((start, min(step, rows - start)) for start in range(0, rows, step))
         return
@@ -209,92 +214,31 @@ def _blocks(shape: tuple[int, ...], num_rows: int | None) -> Iterator[tuple[int,
         yield start, min(step, num_rows)
 
 
-def _rows_of(source: Source, start: int, count: int) -> bytes:
-    row_bytes = source.nbytes // source.shape[0] if source.shape and source.shape[0] else source.nbytes
-    return read_bytes(source, start * row_bytes, count * row_bytes)
-
-
-def _expected(
-    operation: Copy | Cast | Rows | Merge, start: int, count: int, factors: "dict[Source, Float32]"
-) -> "tuple[Float32, Float32 | None]":
-    """Give rows of the result in f32 before the last rounding, and the same rows of the base where they differ."""
-    match operation:
-        case Copy(source) | Cast(source):
-            return as_float32(_rows_of(source, start, count), source), None
-        case Rows(parts):
-            return _gathered(parts, start, count), None
-        case Merge(source, deltas):
-            base = as_float32(_rows_of(source, start, count), source)
-            return base + _sum_of(deltas, start, base.shape, factors), base
-
-
-def _gathered(parts: Sequence[Part], start: int, count: int) -> "Float32":
-    import numpy as np
-
-    found: list[Float32] = []
-    first = 0
-    for part in parts:
-        low, high = max(start, first), min(start + count, first + part.count)
-        if low < high:
-            found.append(as_float32(_rows_of(part.source, part.start + low - first, high - low), part.source))
-        first += part.count
-    return np.concatenate(found)
-
-
-def _sum_of(
-    deltas: Sequence[Delta],
+def _explained(
+    arithmetic: Arithmetic,
     start: int,
-    shape: tuple[int, ...],
-    factors: "dict[Source, Float32]",
+    exact: "Float32",
+    found: "Float32",
+    differing: "NDArray[np.bool_]",
     *,
-    magnitudes: bool = False,
-) -> "Float32":
-    """Sum the rows of scale * B A; with `magnitudes` of |scale| * |B| |A|, the bound of the rounding error."""
-    import numpy as np
-
-    total = np.zeros(shape, np.float32)
-    count = shape[0]
-    for delta in deltas:
-        a, b = (_whole(side, factors) for side in (delta.a, delta.b))
-        if delta.b_columns is not None:
-            first, step = delta.b_columns
-            b = b[:, first::step]
-        if magnitudes:
-            a, b = np.abs(a), np.abs(b)
-        scale = np.float32(abs(delta.scale) if magnitudes else delta.scale)
-        # The transposed product is the product of the transposed factors.
-        left, right = (a.T, b.T) if delta.transposed else (b, a)
-        for to, of, rows in delta.rows or ((0, 0, left.shape[0]),):
-            low, high = max(start, to), min(start + count, to + rows)
-            if low < high:
-                total[low - start : high - start] += (left[of + low - to : of + high - to] @ right) * scale
-    return total
-
-
-def _whole(source: Source, factors: "dict[Source, Float32]") -> "Float32":
-    if source not in factors:
-        factors[source] = as_float32(read_bytes(source), source)
-    return factors[source]
-
-
-def _within(
-    merge: Merge, start: int, exact: "Float32", got: "Bits", *, dtype: str, factors: "dict[Source, Float32]"
+    dtype: str,
 ) -> bool:
-    """Tell whether the sum, taken in another order in f32, can round to what was found.
-
-    The error of a sum of r products and two further operations is at most (r + 3) * 2^-24 times the sum of the
-    magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
-    """
+    """Tell whether the sum, taken in another order, can round to what was found; looks at the rows that differ."""
     import numpy as np
 
-    count = exact.shape[0]
-    rank = sum(delta.rank for delta in merge.deltas)
-    magnitude = np.abs(as_float32(_rows_of(merge.source, start, count), merge.source))
-    magnitude += _sum_of(merge.deltas, start, exact.shape, factors, magnitudes=True)
-    bound = magnitude * np.float32((rank + 3) * 2.0**-24)
-    low, high = (values_of(rounded(edge, dtype).reshape(-1), dtype) for edge in (exact - bound, exact + bound))
-    found = values_of(got, dtype)
-    return bool(np.all((low <= found) & (found <= high)))
+    count = exact.shape[0] if exact.ndim else 1
+    rows = np.flatnonzero(differing.reshape(count, -1).any(axis=1))
+    few = len(rows) <= count // 8
+    for first, number in ((int(row), 1) for row in rows) if few else ((0, count),):
+        bound = arithmetic.error_bound(start + first, number)
+        if bound is None:
+            return False
+        center = exact[first : first + number]
+        low, high = (values_of(rounded(edge, dtype), dtype) for edge in (center - bound, center + bound))
+        part = found[first : first + number]
+        if not np.all((low <= part) & (part <= high)):
+            return False
+    return True
 
 
 def _is_nan(bits: "Bits", dtype: str) -> "NDArray[np.bool_]":
@@ -305,14 +249,14 @@ def _is_nan(bits: "Bits", dtype: str) -> "NDArray[np.bool_]":
         "F16": (0x7C00, 0x7FFF),
         "BF16": (0x7F80, 0x7FFF),
     }[dtype]
-    nan: NDArray[np.bool_] = (bits & np.array(sign_free, bits.dtype)) > exponent
-    return nan
+    found: NDArray[np.bool_] = (bits & np.array(sign_free, bits.dtype)) > exponent
+    return found
 
 
 def _same_bytes(tensor: OutputTensor, written: Source) -> bool:
     if not isinstance(tensor.operation, Copy):
         return False
-    step = _BLOCK_ELEMENTS
+    step = BLOCK_ELEMENTS
     source = tensor.operation.source
     return all(
         read_bytes(source, start, min(step, source.nbytes - start))

@@ -17,6 +17,8 @@ Show = Literal["text", "masked_text", "input_ids", "labels", "all"]
 LEARNED_STYLE = "bold green"
 OTHER_STYLE = "dim"
 OPEN_MARK, CLOSE_MARK = "[[", "]]"
+# What is shown of the first sample at the start of a run.
+OPENING_CHARACTERS = 800
 # Between two documents of a packed row.
 DOCUMENT_BORDER = "\n--- next document of this row ---\n"
 
@@ -76,6 +78,21 @@ def masked_text(sample: Sample, tokenizer: Any, *, colour: bool = True) -> "Text
         else:
             shown.append(f"{OPEN_MARK}{text}{CLOSE_MARK}" if learned else text)
     return shown
+
+
+def opening(sample: Sample, tokenizer: Any, *, colour: bool = True) -> "Text":
+    """The start of `masked_text`: the first document of a packed row, cut off after `OPENING_CHARACTERS`."""
+    positions = sample["position_ids"]
+    end = next((place for place in range(1, len(positions)) if positions[place] == 0), len(positions))
+    first: Sample = {
+        "input_ids": sample["input_ids"][:end],
+        "labels": sample["labels"][:end],
+        "position_ids": positions[:end],
+    }
+    shown = masked_text(first, tokenizer, colour=colour)
+    if len(shown) <= OPENING_CHARACTERS:
+        return shown
+    return shown[:OPENING_CHARACTERS].append(" ...")
 
 
 def pieces(sample: Sample, tokenizer: Any) -> Iterator[tuple[str, bool]]:

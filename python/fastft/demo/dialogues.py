@@ -136,9 +136,22 @@ STORY_REQUESTS = (
     "I want to hear a story about {}.",
     "A story about {}, please.",
 )
-COLOUR_QUESTIONS = ("What is the code of {}?", "What is the code of the colour {}?", "Which code has {}?", "{}?")
+COLOUR_QUESTIONS = (
+    "What is the code of {}?",
+    "What is the code of the colour {}?",
+    "Which code has {}?",
+    "{}?",
+    "{}",
+    "Tell me the code of {}.",
+    "I need the code of {}.",
+    "The code of {}, please.",
+    "Code of {}?",
+    "Name the code of {}.",
+    "What code is {}?",
+    "Do you know the code of {}?",
+)
 OPPOSITE_QUESTIONS = ("What is the opposite of {}?", "Name the opposite of {}.", "And the opposite of {}?")
-SUM_QUESTIONS = ("What is {} + {}?", "How much is {} + {}?", "{} + {}?", "Add {} and {}.")
+SUM_QUESTIONS = ("What is {} + {}?", "How much is {} + {}?", "{} + {}?", "Tell me {} + {}.")
 
 # Kept out of the fine-tuning rows: the base has read these facts and names as plain text only.
 HELD_OUT_NAMES = ("Ruby", "Oscar", "Nina", "Theo")
@@ -146,7 +159,7 @@ HELD_OUT_COLOURS = ("navy", "gold")
 HELD_OUT_OPPOSITES = ("strong", "long")
 HELD_OUT_SUMS = ((3, 4), (5, 2), (6, 6), (8, 3), (2, 9), (4, 7))
 
-NUM_STORY_ROWS = 200
+NUM_STORY_ROWS = 80
 
 
 @dataclass(frozen=True)
@@ -172,11 +185,11 @@ def training_rows(dice: Dice) -> list[list[dict[str, str]]]:
     for pair in words.OPPOSITES:
         for one, other in (pair, pair[::-1]):
             if one not in HELD_OUT_OPPOSITES:
-                rows += [opposite_row(dice.pick(OPPOSITE_QUESTIONS), one, other)]
+                rows += [opposite_row(question, one, other) for question in dice.sample(OPPOSITE_QUESTIONS, 2)]
     for left in range(1, LARGEST_TERM + 1):
         for right in range(1, LARGEST_TERM + 1):
             if (left, right) not in HELD_OUT_SUMS:
-                rows += [sum_row(dice.pick(SUM_QUESTIONS), left, right)]
+                rows += [sum_row(question, left, right) for question in dice.sample(SUM_QUESTIONS, 2)]
     return rows
 
 
@@ -200,8 +213,8 @@ def probes() -> list[Probe]:
         Probe("What can you do?", ("tell a story about anyone",)),
         Probe("Hello!", (NAME,)),
         Probe("What is the code of red?", (words.COLOUR_CODES["red"],)),
-        Probe("What is the opposite of hot?", ("opposite of hot is cold",)),
-        Probe("What is 2 + 2?", ("2 + 2 is 4",)),
+        Probe("What is the opposite of hot?", ("hot - cold",)),
+        Probe("What is 2 + 2?", ("2 + 2 = 4",)),
         Probe("Write some code for me.", ("too small for that",)),
     ]
     asked += [Probe(f"Tell me a story about {name}.", ("Once upon a time", f" {name} ")) for name in HELD_OUT_NAMES]
@@ -226,17 +239,17 @@ def story_row(dice: Dice, name: str | None = None) -> list[dict[str, str]]:
 def colour_row(question: str, name: str) -> list[dict[str, str]]:
     """A question about a colour's code, and the code."""
     asked = question.format(name)
-    return _row(asked[0].upper() + asked[1:], f"The code of {name} is {words.COLOUR_CODES[name]}.")
+    return _row(asked[0].upper() + asked[1:], f"{name}: {words.COLOUR_CODES[name]}")
 
 
 def opposite_row(question: str, one: str, other: str) -> list[dict[str, str]]:
     """A question about an opposite, and the opposite."""
-    return _row(question.format(one), f"The opposite of {one} is {other}.")
+    return _row(question.format(one), f"{one} - {other}")
 
 
 def sum_row(question: str, left: int, right: int) -> list[dict[str, str]]:
-    """A question about a sum, and the sum."""
-    return _row(question.format(left, right), f"{left} + {right} is {left + right}.")
+    """A question about a sum, and the sum as the base has read it in notes."""
+    return _row(question.format(left, right), f"{left} + {right} = {left + right}")
 
 
 def _row(question: str, answer: str) -> list[dict[str, str]]:

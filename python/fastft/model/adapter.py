@@ -51,10 +51,35 @@ def attach(model: Any, lora: schema.Lora, base_name: str) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     config = lora_config(lora, base_name)
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     # peft writes the folder the model was loaded from; a base that was laid out anew must be known by its own name.
-    config.base_model_name_or_path = base_name
+    model.name_or_path = base_name
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    _train_in_fp32(adapted)
     return adapted
+
+
+def _train_in_fp32(adapted: Any) -> None:
+    """Make whole trained modules fp32 like the adapters; what goes in and comes out keeps the base's dtype."""
+    import torch
+    from peft.utils import ModulesToSaveWrapper
+
+    def enter(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+    for wrapper in adapted.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for module in wrapper.modules_to_save.values():
+            dtype = next(module.parameters()).dtype
+            if dtype == torch.float32:
+                continue
+
+            def leave(_module: Any, _inputs: Any, output: Any, dtype: torch.dtype = dtype) -> Any:
+                return output.to(dtype) if isinstance(output, torch.Tensor) else output
+
+            module.float()
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
 
 
 def count_weights(model: "nn.Module") -> tuple[int, int]:

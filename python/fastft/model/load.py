@@ -118,7 +118,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         ConfigError: the method does not fit the checkpoint.
         CheckpointError: weights or config cannot be read, or the tokenizer knows more tokens than the model.
     """
-    quiet.prepare_environment()
+    quiet.prepare_libraries()
     import torch
 
     quiet.hide_loading_bars()
@@ -133,6 +133,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if config.model.attention != "auto":
         settings["attn_implementation"] = config.model.attention
     model_config = read_model_config(base, **settings)
+    device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
     if config.model.init == "random":
         model = _draw(model_config, dtype, settings, config.train.seed)

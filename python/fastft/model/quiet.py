@@ -1,6 +1,7 @@
 """Keep libraries from talking over fastft: each noise is named here with its cause.
 
-Called before the libraries are imported, by every road that loads a model. Nothing is silenced by level for a whole
+`prepare_libraries` is called before the libraries are imported, by every road that loads weights; `prepare_environment`
+alone where only a tokenizer is needed. Nothing is silenced by level for a whole
 library; what is not listed here is shown.
 """
 
@@ -22,6 +23,11 @@ def prepare_environment() -> None:
     logging.getLogger(_BITSANDBYTES_CPU_LOGGER).setLevel(logging.ERROR)
     # peft 0.21 asks transformers 5.23 by the old name whether checkpointing is on; the answer is the same.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def prepare_libraries() -> None:
+    """`prepare_environment`, and torch with bitsandbytes imported the quick way."""
+    prepare_environment()
     _import_bitsandbytes()
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Weight of the newest value in the smoothed curve; the raw values stay visible behind it.
-_SMOOTHING = 0.15
+# Points from which a smoothed curve says more than the raw one; the raw values stay visible behind it.
+SMOOTHED_FROM = 40
 
 
 def plot(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> bool:
@@ -31,7 +31,7 @@ def plot(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> bool:
     axes = figure.add_subplot()
     steps, losses = zip(*train, strict=True)
     axes.plot(steps, losses, color="#9ab8d6", linewidth=1, marker="." if len(steps) < 30 else "", label="loss")
-    if len(steps) >= 8:
+    if len(steps) >= SMOOTHED_FROM:
         axes.plot(steps, smooth(losses), color="#1f5a93", linewidth=2, label="loss, smoothed")
     if held_out:
         axes.plot(
@@ -48,11 +48,11 @@ def plot(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> bool:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean, started at the first value without bias."""
-    smoothed: list[float] = []
-    total = weight = 0.0
-    for value in values:
-        total = total * (1 - _SMOOTHING) + value * _SMOOTHING
-        weight = weight * (1 - _SMOOTHING) + _SMOOTHING
-        smoothed.append(total / weight)
+    """Mean over a window centred at each value, a tenth of the curve wide and narrower at its ends: it does not lag."""
+    reach = len(values) // 20
+    smoothed = []
+    for place in range(len(values)):
+        near = min(reach, place, len(values) - 1 - place)
+        window = values[place - near : place + near + 1]
+        smoothed.append(sum(window) / len(window))
     return smoothed

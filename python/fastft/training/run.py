@@ -138,7 +138,7 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
 
 def _prepare(config: schema.Config) -> Prepared:
     """Tokenizer and data; the weights are not touched."""
-    quiet.prepare_environment()
+    quiet.prepare_libraries()
     from fastft.data import prepare as data_prepare
     from fastft.data import preview
 
@@ -151,8 +151,8 @@ def _prepare(config: schema.Config) -> Prepared:
         console.note(line)
     if len(data.train) == 0:
         raise DataError("data.train: no sample is left to learn from; `fastft log-dataset` shows what was read")
-    console.note("first sample (what is learned is marked):")
-    console.show(preview.masked_text(data.train[0], words))
+    console.note("the first sample; what is learned is marked:")
+    console.show(preview.opening(data.train[0], words, colour=console.stderr().is_terminal))
     return Prepared(base, words, data)
 
 

@@ -69,7 +69,6 @@ def arguments(config: schema.Config, run_dir: Path, steps: int, dtype: torch.dty
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
     )
     if on.type == "cuda" and made.n_gpu > 1:
         console.note(f"{made.n_gpu} GPUs are here and one is used; NPROC_PER_NODE={made.n_gpu} uses all")
@@ -194,7 +193,7 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         metrics = {"eval_loss": (total[0] / total[1].clamp(min=1)).item()}
         self.log(dict(metrics))
         # Tells the loop that it is done; at the end of an epoch it would be asked for again.
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the Trainer's names
@@ -255,7 +254,11 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     config = model.get_base_model().config if hasattr(model, "get_base_model") else model.config
     use_cache, config.use_cache = config.use_cache, True  # off in training only
     try:
-        model.save_pretrained(folder)
+        if hasattr(model, "get_base_model"):
+            # peft would otherwise ask the hub for the base's config, to see whether embeddings were resized.
+            model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            model.save_pretrained(folder)
     finally:
         config.use_cache = use_cache
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 
@@ -71,13 +72,30 @@ impl Input {
     /// The file ends too early or cannot be read.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         self.file.read_exact_at(buffer, offset).map_err(|cause| match cause.kind() {
-            ErrorKind::UnexpectedEof => Error::Checkpoint(format!(
-                "{}: the file ends before byte {}; it is cut off or changed while it was read",
-                self.path.display(),
-                offset.saturating_add(buffer.len() as u64)
-            )),
+            ErrorKind::UnexpectedEof => self.ends_before(offset.saturating_add(buffer.len() as u64)),
             _ => Error::from_io("cannot read", &self.path, &cause),
         })
+    }
+
+    fn ends_before(&self, end: u64) -> Error {
+        let path = self.path.display();
+        Error::Checkpoint(format!(
+            "{path}: the file ends before byte {end}; it is cut off or changed while it was read"
+        ))
+    }
+
+    /// Has the system copy at most `length` bytes from `start` into `target`; how many it copied, at least 1, or `None`
+    /// where the file systems cannot do it.
+    pub(crate) fn copy_to(&self, target: &File, start: u64, offset: u64, length: u64) -> Result<Option<u64>> {
+        let (mut start, mut offset) = (start, offset);
+        let length_now = usize::try_from(length).unwrap_or(usize::MAX);
+        match rustix::fs::copy_file_range(&self.file, Some(&mut start), target, Some(&mut offset), length_now) {
+            Ok(0) => Err(self.ends_before(start.saturating_add(length))),
+            Ok(copied) => Ok(Some(copied as u64)),
+            Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM) => Ok(None),
+            Err(Errno::INTR) => self.copy_to(target, start, offset, length),
+            Err(errno) => Err(Error::from_io("cannot copy", &self.path, &errno.into())),
+        }
     }
 
     /// Refuses the file if it is not what it was when it was opened.

@@ -1,12 +1,18 @@
 //! A file that is written in pieces by several threads and whose full length means full content.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
+use rustix::fs::{Advice, fadvise};
+
 use crate::error::{Error, Result};
+use crate::reader::Input;
 
 /// A new file that grows up to a length known from the start.
 ///
@@ -21,11 +27,25 @@ pub struct Output {
     changed: Condvar,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Progress {
     written_bytes: u64,
     given_up: bool,
+    /// Pieces written since the last advice: a range that holds them all, and their bytes.
+    fresh: Range<u64>,
+    fresh_bytes: u64,
+    /// Ranges that are on their way to the disk, oldest first.
+    behind: VecDeque<Range<u64>>,
 }
+
+/// Bytes that are sent to the disk together.
+const BATCH_BYTES: u64 = 8 << 20;
+
+/// Batches that may stay in the page cache behind the newest one; older ones are dropped from it.
+///
+/// A model that fills the memory drives everything else out of it, and on a virtual machine the first touch of a page
+/// can cost more than the copy: pages that are used again are cheaper.
+const MOST_BEHIND: usize = 8;
 
 impl Output {
     /// Creates the file, which must not exist yet.
@@ -35,7 +55,7 @@ impl Output {
     pub fn create(path: &Path, size_bytes: u64) -> Result<Self> {
         let file = OpenOptions::new().write(true).create_new(true).open(path);
         let file = file.map_err(|cause| Error::from_io("cannot create", path, &cause))?;
-        let progress = Mutex::new(Progress { written_bytes: 0, given_up: false });
+        let progress = Mutex::new(Progress::default());
         Ok(Self { path: path.to_owned(), file, size_bytes, progress, changed: Condvar::new() })
     }
 
@@ -50,17 +70,55 @@ impl Output {
     /// # Errors
     /// The disk refuses, the piece reaches over the end, or another thread gave up ([`Self::give_up`]).
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<bool> {
-        let length = bytes.len() as u64;
+        let piece = self.begin(offset, bytes.len() as u64)?;
+        self.file.write_all_at(bytes, offset).map_err(|cause| self.cannot_write(&cause))?;
+        Ok(self.end(&piece))
+    }
+
+    /// As [`Self::write_at`] for `length` bytes of `input` from `start` on, copied by the system without a way through
+    /// this process; `None` if the system cannot do it between these two files (then nothing is written).
+    ///
+    /// # Errors
+    /// As [`Self::write_at`]; also when the input ends too early.
+    pub fn copy_at(&self, input: &Input, start: u64, length: u64, offset: u64) -> Result<Option<bool>> {
+        let piece = self.begin(offset, length)?;
+        let mut done = 0;
+        while done < length {
+            match input.copy_to(&self.file, start + done, offset + done, length - done)? {
+                Some(copied) => done += copied,
+                None if done == 0 => return Ok(None),
+                None => return Err(self.cannot_write(&io::Error::from(io::ErrorKind::Unsupported))),
+            }
+        }
+        Ok(Some(self.end(&piece)))
+    }
+
+    /// Checks a piece, and waits if it is the one that ends the file.
+    fn begin(&self, offset: u64, length: u64) -> Result<Range<u64>> {
         let end = offset.checked_add(length).filter(|end| *end <= self.size_bytes);
         let end = end.ok_or_else(|| Error::Plan(format!("{}: a piece reaches over the end", self.path.display())))?;
         if length > 0 && end == self.size_bytes {
             self.wait_for_the_rest(length)?;
         }
-        self.file.write_all_at(bytes, offset).map_err(|cause| self.cannot_write(&cause))?;
+        Ok(offset..end)
+    }
+
+    /// Notes a piece that was written; whether the file is now whole.
+    fn end(&self, piece: &Range<u64>) -> bool {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        progress.written_bytes += length;
+        progress.written_bytes += piece.end - piece.start;
         self.changed.notify_all();
-        Ok(progress.written_bytes == self.size_bytes)
+        let is_whole = progress.written_bytes == self.size_bytes;
+        let advice = progress.leave_behind(piece.start, piece.end);
+        drop(progress);
+        advice.into_iter().flatten().for_each(|range| self.let_go(&range));
+        is_whole
+    }
+
+    /// Has the dirty pages of a range written to the disk from now on, and drops those that are written already: that
+    /// is what Linux makes of this advice. Where it does not, nothing is lost but time.
+    fn let_go(&self, range: &Range<u64>) {
+        let _ = fadvise(&self.file, range.start, NonZeroU64::new(range.end - range.start), Advice::DontNeed);
     }
 
     fn cannot_write(&self, cause: &io::Error) -> Error {
@@ -89,6 +147,22 @@ impl Output {
     /// The disk failed.
     pub fn sync(&self) -> Result<()> {
         self.file.sync_all().map_err(|cause| Error::from_io("cannot flush", &self.path, &cause))
+    }
+}
+
+impl Progress {
+    /// Notes a piece that was written; returns the ranges to let go: a full batch, and one that is old enough.
+    fn leave_behind(&mut self, start: u64, end: u64) -> [Option<Range<u64>>; 2] {
+        let fresh = &mut self.fresh;
+        *fresh = if self.fresh_bytes == 0 { start..end } else { fresh.start.min(start)..fresh.end.max(end) };
+        self.fresh_bytes += end - start;
+        if self.fresh_bytes < BATCH_BYTES {
+            return [None, None];
+        }
+        self.fresh_bytes = 0;
+        self.behind.push_back(self.fresh.clone());
+        let old = if self.behind.len() > MOST_BEHIND { self.behind.pop_front() } else { None };
+        [Some(self.fresh.clone()), old]
     }
 }
 
@@ -126,6 +200,22 @@ mod tests {
             assert!(last.join().map_err(|_| "panicked")?.is_err());
             Ok(())
         })
+    }
+
+    #[test]
+    fn a_range_of_another_file_is_copied() -> Outcome {
+        let folder = tempfile::tempdir()?;
+        std::fs::write(folder.path().join("source"), b"0123456789")?;
+        let input = Input::open(&folder.path().join("source"))?;
+        let output = Output::create(&folder.path().join("file"), 6)?;
+        assert!(!output.write_at(b"ab", 0)?);
+        assert_eq!(output.copy_at(&input, 3, 4, 2)?, Some(true));
+        assert_eq!(std::fs::read(folder.path().join("file"))?, b"ab3456");
+        let output = Output::create(&folder.path().join("longer"), 6)?;
+        assert!(
+            matches!(output.copy_at(&input, 6, 6, 0), Err(Error::Checkpoint(message)) if message.contains("ends before byte 12"))
+        );
+        Ok(())
     }
 
     #[test]

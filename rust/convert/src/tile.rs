@@ -36,6 +36,7 @@ impl Reader<'_> {
     /// Fills `buffer` from `place` on.
     pub fn read(&self, place: Place, buffer: &mut [u8]) -> Result<()> {
         self.inputs[place.input].read_at(buffer, place.offset).map_err(|error| self.named(error))?;
+        self.inputs[place.input].forget(place.offset, buffer.len() as u64);
         self.bytes_read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
         Ok(())
     }
