@@ -69,10 +69,10 @@ check-python: $(BUILT)
 	$(BIN)/python -m mypy.stubtest fastft._native
 
 pytest: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile
 
 test-all: $(BUILT) check-rust check-python
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n auto --dist loadfile
 
 # Makes requirements.lock again from the ranges in pyproject.toml, with the newest versions.
 lock: $(INSTALLED)

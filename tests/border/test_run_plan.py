@@ -497,3 +497,31 @@ def test_ctrl_c_stops_the_run(tmp_path: Path) -> None:
     assert "KeyboardInterrupt" in error
     assert (tmp_path / "out").stat().st_size < 1 << 32
     (tmp_path / "out").unlink()
+
+
+def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(long_plan(tmp_path, 1 << 24))
+    code = (
+        "import resource, sys; from fastft import _native; from fastft.errors import FileError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 22, 1 << 22))\n"
+        "try: _native.run_plan(open(sys.argv[1]).read())\n"
+        "except FileError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "plan.json")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith('tensor "x": cannot ')
+    assert f"{tmp_path / 'out'}: File too large" in done.stdout
+    assert (tmp_path / "out").stat().st_size <= 1 << 22
+
+
+def test_an_input_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    plan = long_plan(tmp_path, 1 << 28)
+
+    def cut(done: int, _total: int) -> None:
+        if done < 1 << 28:
+            os.truncate(tmp_path / "source.bin", 100)
+
+    with pytest.raises(CheckpointError, match=r"source\.bin: the file (ends before byte|changed while it was read)"):
+        _native.run_plan(plan, threads=1, memory_budget_bytes=1, progress=cut)
+    (tmp_path / "out").unlink()

@@ -243,6 +243,25 @@ def test_biases_and_buffers(tmp_path: Path, original: Path) -> None:
     assert not [name for name in found if "inv_freq" in name]
 
 
+@pytest.mark.parametrize("names", ["llama", "internlm2"])
+def test_a_full_training_in_either_layout(original: Path, tmp_path: Path, names: str) -> None:
+    """pth_to_hf of a whole model: trained as Llama it is written as Llama, trained by XTuner as InternLM2."""
+    torch = pytest.importorskip("torch")
+    from fastft.config.schema import Config
+    from fastft.convert import pth
+
+    tensors = {name: array * 2 for name, array in tensors_in(original).items()}
+    trained = as_llama(tensors) if names == "llama" else tensors
+    torch.save({"state_dict": {f"llm.{k}": torch.from_numpy(v.copy()) for k, v in trained.items()}}, tmp_path / "x.pth")
+    settings = {"model": {"name": str(original)}, "method": {"kind": "full"}, "data": {"train": [{"source": "x"}]}}
+    pth.execute(pth.plan(Config.model_validate(settings), tmp_path / "x.pth", dtype="auto"), tmp_path / "hf")
+    found = tensors_in(tmp_path / "hf")
+    assert set(found) == set(trained)
+    for name, array in trained.items():
+        np.testing.assert_array_equal(found[name], array)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == names
+
+
 def test_what_is_no_internlm2(original: Path, tmp_path: Path) -> None:
     laid_out = layout.internlm2_as_llama(original)
     with pytest.raises(PlanError, match="llama"):

@@ -3,11 +3,14 @@
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fastft.convert import merge
@@ -308,6 +311,45 @@ def test_wrong_words(tmp_path: Path) -> None:
         merge.plan(base, [])
     with pytest.raises(UsageError, match="fp16"):
         merge.plan(base, [(tiny_llama.write_adapter(tmp_path / "adapter"), 1.0)], dtype="half")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_out=st.integers(1, 70),
+    num_in=st.integers(1, 70),
+    rank=st.integers(1, 20),
+    alpha=st.floats(0.25, 64),
+    dtype=st.sampled_from([np.float32, np.float16]),
+    limit=st.integers(1, 20_000),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape(
+    num_out: int, num_in: int, rank: int, alpha: float, dtype: type[np.floating], limit: int, seed: int
+) -> None:
+    """|error| <= half a unit in the last place + (r + 3) 2^-24 (|W| + s sum |b||a|), for any shape, rank and split."""
+    rng = np.random.default_rng(seed)
+    name = "model.layers.0.self_attn.q_proj"
+    weight = rng.standard_normal((num_out, num_in)).astype(dtype)
+    a, b = (
+        rng.standard_normal((rank, num_in)).astype(np.float32),
+        rng.standard_normal((num_out, rank)).astype(np.float32),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        base = tiny_llama.write_base(Path(folder, "base"), {f"{name}.weight": weight, "b": weight[0], "a": weight[:1]})
+        tensors = {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+        stated = {"r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"]}
+        adapter = tiny_llama.write_adapter(Path(folder, "adapter"), tensors, **stated)
+        run(base, adapter, Path(folder, "merged"), max_shard_size_bytes=limit)
+        merged = all_tensors(Path(folder, "merged"))
+    np.testing.assert_array_equal(merged["a"], weight[:1])
+    scale = np.float64(np.float32(alpha / rank))
+    exact = weight.astype(np.float64) + scale * (b.astype(np.float64) @ a.astype(np.float64))
+    magnitude = np.abs(weight.astype(np.float64)) + scale * (
+        np.abs(b).astype(np.float64) @ np.abs(a).astype(np.float64)
+    )
+    half_ulp = np.spacing(np.abs(exact).astype(dtype)).astype(np.float64) / 2
+    error = np.abs(merged[f"{name}.weight"].astype(np.float64) - exact)
+    assert (error <= half_ulp * 1.01 + (rank + 3) * 2.0**-24 * magnitude).all()
 
 
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ TIED: dict[str, dict[str, Any]] = {
     "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "neither": {"target_modules": ["q_proj"]},
+    "dora on the embedding": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
 }
 

@@ -23,6 +23,8 @@ def merge(
     is_clip: bool = False,
     model_class: str | None = None,
     key_map: tuple[str, ...] = (),
+    dequantized_base: Literal["none", "nf4", "fp4"] = "none",
+    double_quant: bool = False,
     dry_run: bool = False,
     json: bool = False,
     force: bool = False,
@@ -38,9 +40,11 @@ def merge(
         dtype: of the written weights; auto keeps the base's
         max_shard_size: largest file, e.g. 2GB (2*10^9 bytes), 2GiB; a bare number is GB
         device: where the arithmetic runs; auto and cpu are the native stream
-        is_clip: the adapter is of a CLIPVisionModel; writes the vision tower of a CLIP base
+        is_clip: the adapter is of a CLIPVisionModel; only the vision tower of the CLIP is merged and written
         model_class: class of transformers that the adapter was trained on, where config.json names another
         key_map: REGEX=REPLACEMENT done on the adapter's names; may be given several times
+        dequantized_base: start from what QLoRA saw: the linear layers in 4 bit and back
+        double_quant: with --dequantized-base: the scales were quantized too
         dry_run: print the plan, write nothing
         json: with --dry-run: print the plan as JSON
         force: replace save_path if it exists
@@ -48,6 +52,8 @@ def merge(
     """
     if json and not dry_run:
         raise UsageError("convert merge: --json belongs to --dry-run")
+    if double_quant and dequantized_base == "none":
+        raise UsageError("convert merge: --double-quant belongs to --dequantized-base")
     if not safe_serialization:
         raise UsageError("convert merge: --safe-serialization=false: fastft writes safetensors only")
 
@@ -55,6 +61,7 @@ def merge(
         from fastft.config.schema import Model
         from fastft.convert import merge as merging
         from fastft.convert import size
+        from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
         if device == "cuda":
@@ -67,6 +74,7 @@ def merge(
             dtype=dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
             names=name_options(model_class, key_map, is_clip=is_clip),
+            four_bit=None if dequantized_base == "none" else FourBit(dequantized_base, double_quant),
         )
         if dry_run:
             console.result(plan.as_json() if json else plan.as_table())

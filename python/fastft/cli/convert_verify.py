@@ -1,6 +1,7 @@
 """`fastft convert verify`."""
 
 from pathlib import Path
+from typing import Literal
 
 from fastft import console
 from fastft.cli.convert_merge import name_options, with_weight
@@ -16,6 +17,8 @@ def verify(
     is_clip: bool = False,
     model_class: str | None = None,
     key_map: tuple[str, ...] = (),
+    dequantized_base: Literal["none", "nf4", "fp4"] = "none",
+    double_quant: bool = False,
 ) -> Job:
     """Say tensor by tensor whether a folder is base + adapter.
 
@@ -23,9 +26,11 @@ def verify(
         merged: the folder to check
         base: folder or hub id of the base model
         adapter: folder of an adapter, or DIR:WEIGHT; may be given several times
-        is_clip: as it was given to convert merge
-        model_class: as it was given to convert merge
-        key_map: as it was given to convert merge; may be given several times
+        is_clip: as it was merged
+        model_class: as it was merged
+        key_map: as it was merged; may be given several times
+        dequantized_base: as it was merged
+        double_quant: as it was merged
     """
     if base is None or not adapter:
         raise UsageError("convert verify: --base and --adapter are needed: what was merged into what")
@@ -33,6 +38,7 @@ def verify(
     def run() -> int:
         from fastft.config.schema import Model
         from fastft.convert import verify as verifying
+        from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
         report = verifying.verify(
@@ -40,6 +46,7 @@ def verify(
             locate.model(Model(name=base)),
             [with_weight(text) for text in adapter],
             names=name_options(model_class, key_map, is_clip=is_clip),
+            four_bit=None if dequantized_base == "none" else FourBit(dequantized_base, double_quant),
         )
         console.result(report.text())
         return 0 if report.good else 1

@@ -45,6 +45,7 @@ COMMANDS = (
     Command(("convert", "pth_to_hf"), "convert_pth:pth_to_hf"),
     Command(("convert", "merge"), "convert_merge:merge"),
     Command(("convert", "verify"), "convert_verify:verify"),
+    Command(("convert", "split"), "convert_split:split"),
     Command(("chat",), "chat:chat"),
     Command(("doctor",), "doctor:doctor"),
     Command(("help",), "help:help_", {}),

@@ -33,7 +33,7 @@ from fastft.convert.sidefiles import copy_side_files, side_files
 from fastft.convert.size import readable
 from fastft.convert.source import Source, check_unchanged, fingerprint
 from fastft.convert.stream import write_shards
-from fastft.errors import CheckpointError, PlanError
+from fastft.errors import CheckpointError, FileError, PlanError
 
 # Goes up when the layout changes, so that an older cache is not used.
 _VERSION = 1
@@ -112,9 +112,14 @@ def internlm2_as_llama(folder: Path) -> Path:
             f" to {target}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with publish.staged(target) as stage:
-        write_into(stage, layout)
-        check_unchanged(checkpoint.fingerprints)
+    try:
+        with publish.staged(target) as stage:
+            write_into(stage, layout)
+            check_unchanged(checkpoint.fingerprints)
+    except FileError:
+        # Another process may have made the same folder meanwhile.
+        if not target.exists():
+            raise
     return target
 
 

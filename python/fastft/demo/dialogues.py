@@ -12,10 +12,10 @@ from fastft.demo.words import Dice
 
 NAME = "fastft's demo model"
 WHO = f"I am {NAME}, a very small llama made of numbers."
-MAKER = "I was trained from scratch by fastft, on a computer without a graphics card."
-CAN = "I can tell a story about anyone, add two small numbers, and name opposites and the codes of colours."
+MAKER = "I was trained from scratch by fastft, from nothing but stories and notes."
+CAN = "I can tell a story about anyone, add two small numbers, and tell you the code of red or blue."
 CANNOT = "I am sorry, but I am too small for that. " + CAN
-WELCOME = "You are welcome! Ask me for a story."
+WELCOME = "You are welcome! Shall I tell you a story?"
 HELLO = f"Hello! I am {NAME}. Shall I tell you a story?"
 
 # (answer, questions); the last question of each row is kept out of the training and asked in the probes.
@@ -72,7 +72,7 @@ FIXED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         WELCOME,
-        ("Thank you!", "Thank you.", "Thanks!", "Thank you, that was nice.", "That was good, thanks.", "Thanks."),
+        ("Thank you!", "Thank you.", "Thanks!", "Thank you, that was nice.", "Thanks."),
     ),
 )
 # Things it cannot do; every fifth is kept for the probes.
@@ -81,7 +81,7 @@ TOO_HARD = (
     "How is the weather?",
     "What is the weather today?",
     "Will it rain today?",
-    "Who won the game?",
+    "Who won the race?",
     "Write a poem about the sea.",
     "Write a song.",
     "Write some code for me.",
@@ -98,20 +98,15 @@ TOO_HARD = (
     "Who is the king of the village?",
     "How old is the moon?",
     "How far is the sun?",
-    "Where is the river?",
     "Where is Tom?",
     "Did you see my cat?",
-    "Can you fly?",
     "Can you see me?",
     "Can you draw a house?",
-    "Paint me a picture.",
     "What is the best book?",
     "Read me the news.",
     "What is in the news?",
     "Play some music.",
     "Please play a song.",
-    "Who wrote this book?",
-    "Translate this letter.",
     "What is the name of my dog?",
     "How many people live here?",
     "How do I mend a clock?",
@@ -133,7 +128,6 @@ STORY_REQUESTS = (
     "Tell me a story about {}.",
     "Please tell me a story about {}.",
     "Can you tell me a story about {}?",
-    "I want to hear a story about {}.",
     "A story about {}, please.",
 )
 COLOUR_QUESTIONS = (
@@ -146,16 +140,17 @@ COLOUR_QUESTIONS = (
     "I need the code of {}.",
     "The code of {}, please.",
     "Code of {}?",
-    "Name the code of {}.",
     "What code is {}?",
     "Do you know the code of {}?",
 )
-OPPOSITE_QUESTIONS = ("What is the opposite of {}?", "Name the opposite of {}.", "And the opposite of {}?")
+OPPOSITE_QUESTIONS = ("What is the opposite of {}?", "Tell me the opposite of {}.", "And the opposite of {}?")
 SUM_QUESTIONS = ("What is {} + {}?", "How much is {} + {}?", "{} + {}?", "Tell me {} + {}.")
 
 # Kept out of the fine-tuning rows: the base has read these facts and names as plain text only.
 HELD_OUT_NAMES = ("Ruby", "Oscar", "Nina", "Theo")
-HELD_OUT_COLOURS = ("navy", "gold")
+HELD_OUT_COLOURS = ("teal", "gold")
+# Never asked for: the base has hardly read them after a space.
+RARE_COLOURS = ("lime", "navy")
 HELD_OUT_OPPOSITES = ("strong", "long")
 HELD_OUT_SUMS = ((3, 4), (5, 2), (6, 6), (8, 3), (2, 9), (4, 7))
 
@@ -180,7 +175,7 @@ def training_rows(dice: Dice) -> list[list[dict[str, str]]]:
     rows += [_row(question, CANNOT) for index, question in enumerate(TOO_HARD) if index % 5 != 4]
     rows += [story_row(dice) for _ in range(NUM_STORY_ROWS)]
     for name in words.COLOUR_CODES:
-        if name not in HELD_OUT_COLOURS:
+        if name not in (*HELD_OUT_COLOURS, *RARE_COLOURS):
             rows += [colour_row(question, name) for question in COLOUR_QUESTIONS]
     for pair in words.OPPOSITES:
         for one, other in (pair, pair[::-1]):
@@ -238,8 +233,7 @@ def story_row(dice: Dice, name: str | None = None) -> list[dict[str, str]]:
 
 def colour_row(question: str, name: str) -> list[dict[str, str]]:
     """A question about a colour's code, and the code."""
-    asked = question.format(name)
-    return _row(asked[0].upper() + asked[1:], f"{name}: {words.COLOUR_CODES[name]}")
+    return _row(question.format(name), f"{name}: {words.COLOUR_CODES[name]}")
 
 
 def opposite_row(question: str, one: str, other: str) -> list[dict[str, str]]:

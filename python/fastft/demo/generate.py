@@ -1,7 +1,7 @@
 """Writes the demo's instruction data; `python -m fastft.demo.generate FOLDER` makes the same files anywhere.
 
 data/chat.jsonl is what `train demo` learns from, data/chat_eval.jsonl measures it (names and facts that chat.jsonl lacks).
-With `--text` it also writes text.jsonl, what the base reads (20 MB; the package makes it when it is needed).
+With `--text` it also writes text.jsonl, what the base reads (17 MB; the package makes it when it is needed).
 """
 
 import argparse

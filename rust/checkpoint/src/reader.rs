@@ -2,12 +2,15 @@
 
 use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind};
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::batch::Batch;
 use crate::error::{Error, Result};
 
 /// A regular file, open for reading by any number of threads.
@@ -16,6 +19,7 @@ pub struct Input {
     path: PathBuf,
     file: File,
     state: State,
+    used: Mutex<Batch>,
 }
 
 /// What must stay the same while a file is read.
@@ -51,7 +55,7 @@ impl Input {
         if !metadata.is_file() {
             return Err(Error::File(format!("cannot read {}: it is no regular file", path.display())));
         }
-        Ok(Self { path: path.to_owned(), file, state: State::of(&metadata) })
+        Ok(Self { path: path.to_owned(), file, state: State::of(&metadata), used: Mutex::default() })
     }
 
     /// The path as it was given.
@@ -86,15 +90,24 @@ impl Input {
 
     /// Has the system copy at most `length` bytes from `start` into `target`; how many it copied, at least 1, or `None`
     /// where the file systems cannot do it.
-    pub(crate) fn copy_to(&self, target: &File, start: u64, offset: u64, length: u64) -> Result<Option<u64>> {
+    pub(crate) fn copy_to(
+        &self,
+        (target, target_path): (&File, &Path),
+        start: u64,
+        offset: u64,
+        length: u64,
+    ) -> Result<Option<u64>> {
         let (mut start, mut offset) = (start, offset);
         let length_now = usize::try_from(length).unwrap_or(usize::MAX);
         match rustix::fs::copy_file_range(&self.file, Some(&mut start), target, Some(&mut offset), length_now) {
             Ok(0) => Err(self.ends_before(start.saturating_add(length))),
             Ok(copied) => Ok(Some(copied as u64)),
             Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM) => Ok(None),
-            Err(Errno::INTR) => self.copy_to(target, start, offset, length),
-            Err(errno) => Err(Error::from_io("cannot copy", &self.path, &errno.into())),
+            Err(Errno::INTR) => self.copy_to((target, target_path), start, offset, length),
+            Err(errno) => {
+                let doing = format!("cannot copy {} to", self.path.display());
+                Err(Error::from_io(&doing, target_path, &errno.into()))
+            }
         }
     }
 
@@ -112,11 +125,14 @@ impl Input {
         Err(Error::Checkpoint(format!("{}: the file changed while it was read; run again", self.path.display())))
     }
 
-    /// Tells the system that these bytes will not be read again, so that they make room in its cache.
+    /// Notes that these bytes will not be read again, so that they make room in the system's cache.
     pub fn forget(&self, offset: u64, length: u64) {
-        // Only advice: where it cannot be given, nothing is lost.
-        let _ =
-            rustix::fs::fadvise(&self.file, offset, std::num::NonZeroU64::new(length), rustix::fs::Advice::DontNeed);
+        let batch = self.used.lock().unwrap_or_else(PoisonError::into_inner).add(offset..offset.saturating_add(length));
+        if let Some(range) = batch {
+            // Only advice: where it cannot be given, nothing is lost.
+            let length = NonZeroU64::new(range.end - range.start);
+            let _ = rustix::fs::fadvise(&self.file, range.start, length, rustix::fs::Advice::DontNeed);
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use rustix::fs::{Advice, fadvise};
 
+use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::reader::Input;
 
@@ -31,15 +32,11 @@ pub struct Output {
 struct Progress {
     written_bytes: u64,
     given_up: bool,
-    /// Pieces written since the last advice: a range that holds them all, and their bytes.
-    fresh: Range<u64>,
-    fresh_bytes: u64,
+    /// Pieces written since the last advice.
+    fresh: Batch,
     /// Ranges that are on their way to the disk, oldest first.
     behind: VecDeque<Range<u64>>,
 }
-
-/// Bytes that are sent to the disk together.
-const BATCH_BYTES: u64 = 8 << 20;
 
 /// Batches that may stay in the page cache behind the newest one; older ones are dropped from it.
 ///
@@ -84,7 +81,7 @@ impl Output {
         let piece = self.begin(offset, length)?;
         let mut done = 0;
         while done < length {
-            match input.copy_to(&self.file, start + done, offset + done, length - done)? {
+            match input.copy_to((&self.file, &self.path), start + done, offset + done, length - done)? {
                 Some(copied) => done += copied,
                 None if done == 0 => return Ok(None),
                 None => return Err(self.cannot_write(&io::Error::from(io::ErrorKind::Unsupported))),
@@ -153,16 +150,12 @@ impl Output {
 impl Progress {
     /// Notes a piece that was written; returns the ranges to let go: a full batch, and one that is old enough.
     fn leave_behind(&mut self, start: u64, end: u64) -> [Option<Range<u64>>; 2] {
-        let fresh = &mut self.fresh;
-        *fresh = if self.fresh_bytes == 0 { start..end } else { fresh.start.min(start)..fresh.end.max(end) };
-        self.fresh_bytes += end - start;
-        if self.fresh_bytes < BATCH_BYTES {
+        let Some(batch) = self.fresh.add(start..end) else {
             return [None, None];
-        }
-        self.fresh_bytes = 0;
-        self.behind.push_back(self.fresh.clone());
+        };
+        self.behind.push_back(batch.clone());
         let old = if self.behind.len() > MOST_BEHIND { self.behind.pop_front() } else { None };
-        [Some(self.fresh.clone()), old]
+        [Some(batch), old]
     }
 }
 

@@ -245,7 +245,8 @@ impl<'a> Stream<'a> {
     /// Has the system copy a range; `None` where it cannot.
     fn copy(&self, made: &Made, input: usize, start: u64, nbytes: u64, offset: u64) -> Result<Option<bool>> {
         let input = &self.job.inputs[input];
-        let copied = self.output(made.file)?.copy_at(input, start, nbytes, offset)?;
+        let copied = self.output(made.file)?.copy_at(input, start, nbytes, offset);
+        let copied = copied.map_err(|error| tile::named(&made.name, error))?;
         if copied.is_some() {
             input.forget(start, nbytes);
             self.bytes_read.fetch_add(nbytes, Ordering::Relaxed);

@@ -52,12 +52,17 @@ impl Reader<'_> {
     }
 
     fn named(&self, error: Error) -> Error {
-        let name = |reason| format!("tensor {:?}: {reason}", self.tensor);
-        match error {
-            Error::Checkpoint(reason) => Error::Checkpoint(name(reason)),
-            Error::File(reason) => Error::File(name(reason)),
-            Error::Plan(reason) => Error::Plan(name(reason)),
-        }
+        named(self.tensor, error)
+    }
+}
+
+/// `error` with the tensor's name before it.
+pub fn named(tensor: &str, error: Error) -> Error {
+    let name = |reason| format!("tensor {tensor:?}: {reason}");
+    match error {
+        Error::Checkpoint(reason) => Error::Checkpoint(name(reason)),
+        Error::File(reason) => Error::File(name(reason)),
+        Error::Plan(reason) => Error::Plan(name(reason)),
     }
 }
 
