@@ -53,6 +53,10 @@ demo: $(BUILT)
 	@echo "your data:   $(FASTFT) copy-cfg demo my.yaml   then edit data.train and: $(FASTFT) train my.yaml"
 	@echo "real models: $(FASTFT) list-cfg -p qlora"
 
+# Makes the embedded model again, from nothing (about 20 minutes).
+demo-base: $(BUILT)
+	$(BIN)/python -m fastft.demo.make python/fastft/demo/base
+
 test: $(BUILT) check-rust check-python pytest
 
 check-rust:

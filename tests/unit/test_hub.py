@@ -203,7 +203,7 @@ def test_demo_data_comes_with_the_package(here, monkeypatch):
     monkeypatch.setattr(locate, "DEMO_DATA", data)
     assert locate.dataset(Source(source="demo/chat")) == data / "chat.jsonl"
     for name in ("demo/nothere", "demo/../data/chat", "demo/"):
-        with pytest.raises(HubError, match=r"no such demo data; there are demo/chat\."):
+        with pytest.raises(HubError, match=r"no such demo data; there are demo/chat, demo/text\."):
             locate.dataset(Source(source=name))
 
 
