@@ -19,6 +19,7 @@ from tiny_models import BUILDERS
 
 from fastft.convert import merge, verify
 from fastft.convert.matching import NameOptions, parse_key_map
+from fastft.convert.names_transformers import ModelNames
 from fastft.errors import CheckpointError, PlanError, UsageError
 
 torch = pytest.importorskip("torch")
@@ -53,6 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
         "target_parameters": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
     },
     "gpt_oss": {"target_modules": ATTENTION, "target_parameters": EXPERTS},
+    # One fused Wqkv in the files, three projections in the model.
+    "nomic_bert": {"target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]},
     "clip_vision": {"target_modules": ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]},
 }
 FLOAT16 = ("qwen2", "gpt2", "qwen2_vl", "qwen3_moe", "gpt_oss")
@@ -420,6 +423,23 @@ def test_remote_code_is_not_run_for_names(tmp_path: Path) -> None:
         merge.plan(made.base, [(made.adapter, 1.0)])
     names = NameOptions(key_map=parse_key_map(["lm_head=embed_out"]))
     check_same(ours(made.base, made.adapter, tmp_path / "mine", names), made.expected)
+
+
+def test_layouts_that_an_update_cannot_follow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interleaved rows, for example: a row range of the file is no row range of the parameter."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Interleave, WeightConverter
+
+    model = BUILDERS["llama"]()
+    shapes = {name.replace("q_proj", "qq"): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    mapping = [WeightConverter("self_attn.qq.weight", "self_attn.q_proj.weight", operations=[Interleave(dim=0)])]
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _model: mapping)
+    names = ModelNames(shapes, model)
+    with pytest.raises(PlanError, match=r"q_proj.weight is made from the files by Interleave\(0\)"):
+        names.targets("model.layers.0.self_attn.q_proj")
+    assert [target.name for target in names.targets("model.layers.1.self_attn.k_proj")] == [
+        "model.layers.1.self_attn.k_proj.weight"
+    ]
 
 
 # CLIP

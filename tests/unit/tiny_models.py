@@ -169,6 +169,13 @@ def gpt_oss() -> Any:
     return GptOssForCausalLM(GptOssConfig(**settings, layer_types=["full_attention"] * 2))
 
 
+def nomic_bert() -> Any:
+    from transformers import NomicBertConfig, NomicBertModel
+
+    settings = {name: TEXT[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    return NomicBertModel(NomicBertConfig(**settings, num_attention_heads=4, max_position_embeddings=64))
+
+
 def clip_vision() -> Any:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -186,6 +193,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     builder.__name__: builder
     for builder in (
         llama, qwen2, gemma3_text, gpt2, gpt_neox, gemma3, llava, qwen2_vl, qwen2_5_vl, mixtral, qwen3_moe,
-        deepseek_v3, qwen3_vl_moe, jamba, gpt_oss, clip_vision, clip,
+        deepseek_v3, qwen3_vl_moe, jamba, gpt_oss, nomic_bert, clip_vision, clip,
     )
 }  # fmt: skip
