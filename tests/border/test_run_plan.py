@@ -295,6 +295,39 @@ def test_convolutions_and_experts_are_matrices(files: Files) -> None:
     assert out["experts"] == experts.tobytes()
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_share_one_b(files: Files, num_threads: int, *, transposed: bool) -> None:
+    """PEFT's adapter of a fused weight: A is (experts * rank, in), B is (out, rank * experts), the expert fastest."""
+    num_experts, rank, num_in, num_out = 5, 3, 7, 11
+    A, B = exact(40, num_experts * rank, num_in), exact(41, num_out, rank * num_experts)
+    a = files.source(A, "F32")
+    b = files.source(B, "F32")
+    rows, columns = (num_in, num_out) if transposed else (num_out, num_in)
+    base = numbers(42, num_experts, rows, columns)
+    deltas, expected = [], base.copy()
+    for expert in range(num_experts):
+        own_a = {**a, "offset": a["offset"] + expert * rank * num_in * 4, "shape": (rank, num_in)}
+        delta = {"a": own_a, "b": b, "b_columns": [expert, num_experts], "scale": 0.5, "transposed": transposed}
+        product = fused_product(
+            B.reshape(num_out, rank, num_experts)[:, :, expert].copy(), own_of(A, expert, rank), 0.5
+        )
+        expected[expert] += product.T if transposed else product
+        own = {"kind": "merge", "source": files.source(base[expert], "F32"), "deltas": [delta]}
+        files.tensor(f"expert.{expert}", "F32", (rows, columns), own)
+        deltas.append({**delta, "rows": [[expert * rows, 0, rows]]})
+    stacked = files.source(base, "F32", (num_experts * rows, columns))
+    files.tensor("all", "F32", base.shape, {"kind": "merge", "source": stacked, "deltas": deltas})
+    out = files.run(threads=num_threads)
+    assert out["all"] == expected.tobytes()
+    for expert in range(num_experts):
+        assert out[f"expert.{expert}"] == expected[expert].tobytes()
+
+
+def own_of(A: np.ndarray, expert: int, rank: int) -> np.ndarray:
+    return A[expert * rank : (expert + 1) * rank]
+
+
 def test_results_do_not_depend_on_threads_or_level(files: Files, tmp_path: Path) -> None:
     base, A, B = to_bf16(numbers(29, 500, 333)), numbers(30, 13, 333), numbers(31, 500, 13)
     delta = {"a": files.source(A, "F32"), "b": files.source(B, "F32"), "scale": 0.7}
@@ -352,6 +385,9 @@ def test_an_adapter_that_is_not_finite_is_refused(files: Files, bad: float) -> N
         ({"rows": [[2**64 - 1, 0, 2]]}, "do not fit a weight of 2"),
         ({"transposed": True}, "does not fit a weight of 2 x 3"),
         ({"alpha": 1}, "unknown field"),
+        ({"b_columns": [1, 1]}, "columns 1 and every 1 after it do not divide 1 evenly"),
+        ({"b_columns": [0, 0]}, "do not divide 1 evenly"),
+        ({"b_columns": [0, 2]}, "do not divide 1 evenly"),
         ({"a": {"file": 0, "offset": 0, "dtype": "I32", "shape": [1, 3]}}, "I32 stands where only floating point"),
         ({"a": {"file": 0, "offset": 0, "dtype": "F32", "shape": [2, 3]}}, "no common rank"),
         ({"a": {"file": 0, "offset": 0, "dtype": "F32", "shape": [3]}}, "no matrix"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastft.convert import merge, verify
+from fastft.convert.matching import NameOptions
 
 torch = pytest.importorskip("torch")
 
@@ -313,8 +314,8 @@ def test_clip_vision_tower(tmp_path: Path, prefix: str, *, full: bool) -> None:
     }
     save_file(renamed, file)
     adapters = [(tmp_path / "adapter", 1.0)]
-    merge.execute(merge.plan(base, adapters, is_clip=True), tmp_path / "merged")
-    assert verify.verify(tmp_path / "merged", base, adapters, is_clip=True).good
+    merge.execute(merge.plan(base, adapters, names=NameOptions(is_clip=True)), tmp_path / "merged")
+    assert verify.verify(tmp_path / "merged", base, adapters, names=NameOptions(is_clip=True)).good
     assert not (tmp_path / "merged" / "tokenizer.json").exists()
     assert (tmp_path / "merged" / "preprocessor_config.json").exists()
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "clip_vision_model"

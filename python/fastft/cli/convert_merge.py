@@ -1,11 +1,14 @@
 """`fastft convert merge`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fastft import console
 from fastft.cli.job import Job
 from fastft.errors import PlanError, UsageError
+
+if TYPE_CHECKING:
+    from fastft.convert.matching import NameOptions
 
 
 def merge(
@@ -18,6 +21,8 @@ def merge(
     max_shard_size: str = "2GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     is_clip: bool = False,
+    model_class: str | None = None,
+    key_map: tuple[str, ...] = (),
     dequantized_base: Literal["none", "nf4", "fp4"] = "none",
     double_quant: bool = False,
     dry_run: bool = False,
@@ -35,7 +40,9 @@ def merge(
         dtype: of the written weights; auto keeps the base's
         max_shard_size: largest file, e.g. 2GB (2*10^9 bytes), 2GiB; a bare number is GB
         device: where the arithmetic runs; auto and cpu are the native stream
-        is_clip: the base is CLIP; only its vision tower is merged and written
+        is_clip: the adapter is of a CLIPVisionModel; only the vision tower of the CLIP is merged and written
+        model_class: class of transformers that the adapter was trained on, where config.json names another
+        key_map: REGEX=REPLACEMENT done on the adapter's names; may be given several times
         dequantized_base: start from what QLoRA saw: the linear layers in 4 bit and back
         double_quant: with --dequantized-base: the scales were quantized too
         dry_run: print the plan, write nothing
@@ -66,7 +73,7 @@ def merge(
             [(Path(adapter_path), 1.0), *[with_weight(text) for text in adapter]],
             dtype=dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
-            is_clip=is_clip,
+            names=name_options(model_class, key_map, is_clip=is_clip),
             four_bit=None if dequantized_base == "none" else FourBit(dequantized_base, double_quant),
         )
         if dry_run:
@@ -75,6 +82,15 @@ def merge(
         console.result(merging.execute(plan, Path(save_path), force=force).line())
 
     return Job(run)
+
+
+def name_options(model_class: str | None, key_map: tuple[str, ...], *, is_clip: bool) -> "NameOptions":
+    """Read the options that say how names are found; `convert verify` has them too."""
+    from fastft.convert.matching import NameOptions, parse_key_map
+
+    if is_clip and model_class is not None:
+        raise UsageError(f"--is-clip and --model-class {model_class} say two things; give one")
+    return NameOptions(model_class, parse_key_map(key_map), is_clip)
 
 
 def with_weight(text: str) -> tuple[Path, float]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastft import console
-from fastft.cli.convert_merge import with_weight
+from fastft.cli.convert_merge import name_options, with_weight
 from fastft.cli.job import Job
 from fastft.errors import UsageError
 
@@ -15,6 +15,8 @@ def verify(
     base: str | None = None,
     adapter: tuple[str, ...] = (),
     is_clip: bool = False,
+    model_class: str | None = None,
+    key_map: tuple[str, ...] = (),
     dequantized_base: Literal["none", "nf4", "fp4"] = "none",
     double_quant: bool = False,
 ) -> Job:
@@ -24,7 +26,9 @@ def verify(
         merged: the folder to check
         base: folder or hub id of the base model
         adapter: folder of an adapter, or DIR:WEIGHT; may be given several times
-        is_clip: it was merged with --is-clip
+        is_clip: as it was merged
+        model_class: as it was merged
+        key_map: as it was merged; may be given several times
         dequantized_base: as it was merged
         double_quant: as it was merged
     """
@@ -41,7 +45,7 @@ def verify(
             Path(merged),
             locate.model(Model(name=base)),
             [with_weight(text) for text in adapter],
-            is_clip=is_clip,
+            names=name_options(model_class, key_map, is_clip=is_clip),
             four_bit=None if dequantized_base == "none" else FourBit(dequantized_base, double_quant),
         )
         console.result(report.text())

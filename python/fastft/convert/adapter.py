@@ -35,7 +35,7 @@ _IGNORED = frozenset(
 _READ = frozenset(
     {
         "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save",
-        "r", "rank_pattern", "trainable_token_indices", "use_dora", "use_rslora",
+        "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
     }
 )  # fmt: skip
 _PEFT_FALLBACK = "merge it with PEFT's merge_and_unload instead"
@@ -46,7 +46,6 @@ _REFUSED = {
     "kasa_config": "KaSA changes the base by an SVD at the start; save the merged model from the training",
     "layer_replication": "the model has repeated layers; save the merged model from the training",
     "megatron_config": "Megatron's parallel layers are not read; save the adapter from the training without them",
-    "target_parameters": f"adapters on bare parameters (mixture-of-experts weights) are not built; {_PEFT_FALLBACK}",
     "use_bdlora": f"block-diagonal LoRA is not built; {_PEFT_FALLBACK}",
     "use_qalora": "QA-LoRA belongs to GPTQ weights; merge it there",
 }
@@ -73,6 +72,7 @@ class LowRank:
         magnitude: (out,), DoRA's trained norm of each row; None without DoRA.
         bias: (out,), the bias of lora_B; None without.
         embedding: the module is an embedding, whose weight is (vocabulary, hidden): the transposed product is added.
+        b_columns: (first, step): only these columns of `b` belong to it; None: all.
     """
 
     path: str
@@ -82,10 +82,26 @@ class LowRank:
     magnitude: Source | None = None
     bias: Source | None = None
     embedding: bool = False
+    b_columns: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterPair:
+    """The matrices of a bare parameter (`target_parameters`); which one only the model's class says.
+
+    Attributes:
+        path: the module's path in the model that was trained, with a `.base_layer` for each wrapper further out.
+        a: (experts * rank, in), expert by expert.
+        b: (out, rank * experts), the expert fastest.
+    """
+
+    path: str
+    a: Source
+    b: Source
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,7 @@ class Adapter:
         folder: absolute path.
         config: adapter_config.json.
         low_rank: module path to its update.
+        parameters: module path, with its `.base_layer`s, to the update of one of its bare parameters.
         replaced: tensor name to the tensor that stands for the base's: modules_to_save and trained biases.
         token_rows: module path to new rows of its embedding.
         training: fastft_training.json, where it is there.
@@ -109,10 +126,15 @@ class Adapter:
     token_rows: Mapping[str, Source]
     training: Mapping[str, Any] | None
     fingerprints: tuple[Fingerprint, ...] = field(repr=False)
+    parameters: Mapping[str, ParameterPair] = field(default_factory=dict)
 
     @property
     def fan_in_fan_out(self) -> bool:
         return bool(self.config.get("fan_in_fan_out"))
+
+    @property
+    def target_parameters(self) -> list[str]:
+        return list(self.config.get("target_parameters") or [])
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -164,9 +186,9 @@ def understood(
         CheckpointError: a tensor is not understood, or A and B do not belong together.
         PlanError: a kind that has no right merge here.
     """
-    low_rank, replaced, token_rows = _sort_tensors(tensors, config, path)
+    low_rank, replaced, token_rows, parameters = _sort_tensors(tensors, config, path)
     fingerprints = tuple(fingerprint(file) for file in files)
-    return Adapter(path.parent, config, low_rank, replaced, token_rows, training, fingerprints)
+    return Adapter(path.parent, config, low_rank, replaced, token_rows, training, fingerprints, parameters)
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:
@@ -202,6 +224,9 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path}: {key} must be true or false, it is {config[key]!r}")
     if config.get("bias") not in (None, "none", "all", "lora_only"):
         raise CheckpointError(f"{path}: bias must be none, all or lora_only, it is {config['bias']!r}")
+    named = config.get("target_parameters") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) and name for name in named):
+        raise CheckpointError(f"{path}: target_parameters must list names of parameters, it is {named!r}")
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise PlanError(
@@ -254,7 +279,7 @@ def canonical_key(key: str) -> str:
 
 def _sort_tensors(
     tensors: Mapping[str, Source], config: Mapping[str, Any], path: Path
-) -> tuple[dict[str, LowRank], dict[str, Source], dict[str, Source]]:
+) -> tuple[dict[str, LowRank], dict[str, Source], dict[str, Source], dict[str, ParameterPair]]:
     """Give each tensor of the file its meaning; pair A with B."""
     if not tensors:
         raise CheckpointError(f"{path}: no tensors in it; the adapter is empty")
@@ -276,8 +301,45 @@ def _sort_tensors(
             continue
         else:
             _put(replaced, _replaced_name(name, key, path), source, key, path)
-    low_rank = {module: _pair(module, found, config, path) for module, found in sides.items()}
-    return low_rank, replaced, token_rows
+    parameters = {
+        module: _parameter_pair(module, found, path)
+        for module, found in sides.items()
+        if _has_targeted_parameter(module, config, path)
+    }
+    low_rank = {
+        module: _pair(module, found, config, path) for module, found in sides.items() if module not in parameters
+    }
+    return low_rank, replaced, token_rows, parameters
+
+
+def _has_targeted_parameter(module: str, config: Mapping[str, Any], path: Path) -> bool:
+    """Tell whether the matrices of a module belong to a bare parameter of it."""
+    targets = config.get("target_parameters") or []
+    if module.endswith(".base_layer"):
+        return True
+    owners = {target.rpartition(".")[0] for target in targets}
+    if any(owner and f".{module}".endswith(f".{owner}") for owner in owners):
+        return True
+    # A target without its module (`down_proj`) can be anywhere; a module is wrapped whole or for a parameter, not both.
+    return "" in owners and not _is_target_module(module, config, path)
+
+
+def _is_target_module(module: str, config: Mapping[str, Any], path: Path) -> bool:
+    """Tell whether target_modules names a module (PEFT's rule: a list of ends, or one regular expression)."""
+    stated = config.get("target_modules")
+    if isinstance(stated, str):
+        return _compiled(stated, path).match(module) is not None
+    return any(f".{module}".endswith(f".{end}") for end in stated or [] if isinstance(end, str))
+
+
+def _parameter_pair(module: str, found: Mapping[str, Source], path: Path) -> ParameterPair:
+    """Check what can be known of the matrices without the model."""
+    a, b = found.get("A"), found.get("B")
+    if a is None or b is None or len(found) != 2:
+        raise CheckpointError(f"{path}: {module} has {', '.join(sorted(found))}; one A and one B are allowed")
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise CheckpointError(f"{path}: {module}: A is {a.shape} and B is {b.shape}; two dimensions each are allowed")
+    return ParameterPair(module, a, b)
 
 
 def _put(slots: dict[str, Source], slot: str, source: Source, key: str, path: Path) -> None:
@@ -322,12 +384,27 @@ def _pair(module: str, found: Mapping[str, Source], config: Mapping[str, Any], p
     rank = a.shape[0]
     if rank == 0 or b.shape[1] != rank:
         raise CheckpointError(f"{path}: {module}: A {a.shape} and B {b.shape} do not share a rank")
-    stated = _by_pattern(config.get("rank_pattern") or {}, module, config["r"], path)
-    if stated != rank:
-        raise CheckpointError(f"{path}: {module} has rank {rank}, but {CONFIG} says {stated:g}")
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"], path)
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    scale = checked_scale(config, module, rank, path)
     return LowRank(module, a, b, scale, magnitude, bias, embedding)
+
+
+def checked_scale(config: Mapping[str, Any], name: str, rank: int, path: Path) -> float:
+    """Compute what the product of a module or parameter is multiplied by.
+
+    Args:
+        config: adapter_config.json.
+        name: of the module, or `module.parameter`, as the adapter's file calls it.
+        rank: of its matrices.
+        path: of the adapter, for the error text.
+
+    Raises:
+        CheckpointError: the settings say another rank.
+    """
+    stated = _by_pattern(config.get("rank_pattern") or {}, name, config["r"], path)
+    if stated != rank:
+        raise CheckpointError(f"{path}: {name} has rank {rank}, but {CONFIG} says {stated:g}")
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"], path)
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _nearby(folder: Path) -> str:

@@ -82,16 +82,18 @@ class Arithmetic:
         count = shape[0]
         for delta in deltas:
             a, b = (self._whole(side) for side in (delta.a, delta.b))
+            if delta.b_columns is not None:
+                first, step = delta.b_columns
+                b = b[:, first::step]
             if magnitudes:
                 a, b = np.abs(a), np.abs(b)
             scale = np.float32(abs(delta.scale) if magnitudes else delta.scale)
-            if delta.transposed:
-                total += (b @ a[:, start : start + count]).T * scale
-                continue
-            for to, of, rows in delta.rows or ((0, 0, b.shape[0]),):
+            # The transposed product is the product of the transposed factors.
+            left, right = (a.T, b.T) if delta.transposed else (b, a)
+            for to, of, rows in delta.rows or ((0, 0, left.shape[0]),):
                 low, high = max(start, to), min(start + count, to + rows)
                 if low < high:
-                    total[low - start : high - start] += (b[of + low - to : of + high - to] @ a) * scale
+                    total[low - start : high - start] += (left[of + low - to : of + high - to] @ right) * scale
         return total
 
     def _dora(self, dora: Dora, start: int, count: int) -> "Float32":

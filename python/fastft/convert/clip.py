@@ -1,8 +1,7 @@
-"""The vision tower of a CLIP model: what `convert merge --is-clip` merges an adapter into.
+"""`--is-clip`: an adapter of a CLIP vision tower onto a whole CLIP or onto a tower; the result is the tower alone.
 
-A full CLIP folder (openai/clip-vit-large-patch14-336) holds a text model beside it; an adapter trained on
-CLIPVisionModel, as in LLaVA, belongs to the tensors under `vision_model.` alone. What is written is a folder that
-CLIPVisionModel loads.
+XTuner trains the visual encoder of its LLaVA models as a CLIPVisionModel and merges it so. What is left of a whole
+CLIP is `vision_model.*`, its vision part of config.json (spec/formats.md 6.4) and the image processor.
 """
 
 from collections.abc import Mapping
@@ -10,33 +9,49 @@ from dataclasses import replace
 from typing import Any
 
 from fastft.convert.folder import Checkpoint
+from fastft.convert.matching import CLIP_CLASS
 from fastft.errors import PlanError
 
-PREFIX = "vision_model."
 VISION_TYPE = "clip_vision_model"
-# A buffer that older versions of transformers saved; it is counted out, not trained.
-_BUFFER = "vision_model.embeddings.position_ids"
+_KINDS = ("clip", VISION_TYPE)
+PREFIX = "vision_model."
+# Saved by transformers before 4.31: the numbers from 0 on, which are no weights.
+_COUNTERS = ("embeddings.position_ids",)
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
-def vision_part(base: Checkpoint) -> Checkpoint:
-    """Take the vision tower out of a full CLIP folder; a folder of a tower alone is given back with its buffer gone.
+def vision_tower(base: Checkpoint) -> Checkpoint:
+    """Keep the tensors of the vision tower.
 
     Raises:
-        PlanError: the folder holds no CLIP vision tower.
+        PlanError: the folder is no CLIP.
     """
-    tensors = {name: source for name, source in base.tensors.items() if name.startswith(PREFIX) and name != _BUFFER}
     kind = base.config.get("model_type")
-    if kind not in ("clip", VISION_TYPE) or not tensors:
-        raise PlanError(f"{base.folder}: --is-clip needs a CLIP model or its vision tower; its model_type is {kind!r}")
-    return replace(base, config=_vision_config(base.config), tensors=tensors)
+    if kind not in _KINDS:
+        raise PlanError(
+            f"{base.folder}: --is-clip is for {' and '.join(_KINDS)}, this is {kind!r}; use --model-class for other towers"
+        )
+    whole = kind == _KINDS[0]
+    tensors = {
+        name: source
+        for name, source in base.tensors.items()
+        if (not whole or name.startswith(PREFIX)) and not name.endswith(_COUNTERS)
+    }
+    if not tensors:
+        raise PlanError(f"{base.folder}: no tensor of it starts with {PREFIX!r}; it holds no vision tower")
+    return replace(base, tensors=tensors)
 
 
-def _vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the config of the tower the top level."""
-    if config.get("model_type") == VISION_TYPE:
+def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the config.json of the tower from that of the whole; a tower's own stays as it is."""
+    if config.get("model_type") != _KINDS[0]:
         return dict(config)
-    vision = config.get("vision_config")
-    if not isinstance(vision, dict):
-        raise PlanError("config.json: no vision_config in it; give a CLIP model's folder")
-    dtypes = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
-    return {**vision, **dtypes, "model_type": VISION_TYPE, "architectures": ["CLIPVisionModel"]}
+    # Old files have both; transformers lets the second win.
+    parts = [config.get(key) for key in ("vision_config", "vision_config_dict")]
+    vision = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
+    for key in (*_DTYPE_KEYS, "transformers_version"):
+        if vision.get(key) is None:
+            vision.pop(key, None)
+            if config.get(key) is not None:
+                vision[key] = config[key]
+    return {**vision, "architectures": [CLIP_CLASS], "model_type": VISION_TYPE}

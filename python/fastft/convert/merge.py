@@ -7,17 +7,17 @@ checks the result and puts it in place.
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastft import console, publish
-from fastft.convert import clip
 from fastft.convert.adapter import Adapter, read_adapter
 from fastft.convert.folder import Checkpoint, read_checkpoint
 from fastft.convert.four_bit import FourBit
+from fastft.convert.matching import NameOptions
 from fastft.convert.model_config import ConfigEdits, edited_text
-from fastft.convert.names import Joined, TokenRows, join
+from fastft.convert.names import BaseNames, Joined, TokenRows, join
 from fastft.convert.plan import (
     Cast,
     Copy,
@@ -118,7 +118,7 @@ def plan(
     *,
     dtype: str = "auto",
     max_shard_size_bytes: int = DEFAULT_MAX_SHARD_SIZE_BYTES,
-    is_clip: bool = False,
+    names: NameOptions | None = None,
     four_bit: FourBit | None = None,
 ) -> MergePlan:
     """Plan a merge; reads config files and headers, writes nothing.
@@ -129,7 +129,7 @@ def plan(
             updates are summed before the one rounding.
         dtype: auto (each tensor keeps the base's), bf16, fp16 or fp32 (all floating tensors).
         max_shard_size_bytes: greedy limit of a file of the result.
-        is_clip: the base is a CLIP model; only its vision tower is merged and written.
+        names: how names are found where they are not equal, and what of the base is meant.
         four_bit: merge onto the linear layers as a QLoRA training saw them, quantized like this and back.
 
     Raises:
@@ -137,10 +137,10 @@ def plan(
     """
     if not adapters:
         raise UsageError("merge: no adapter given")
-    base = clip.vision_part(read_checkpoint(llm)) if is_clip else read_checkpoint(llm)
+    base = read_base(llm, names)
     tied = find_tied(base.config, base.tensors)
     read = tuple((read_adapter(folder), weight) for folder, weight in adapters)
-    joined = _summed([(adapter, join(adapter, base, tied, weight)) for adapter, weight in read])
+    joined = _joined(base, tied, read, names)
     tensors, untied = _output_tensors(base, joined, tied, output_dtype(dtype), read)
     if four_bit is not None:
         tensors = _onto_four_bit(tensors, base, four_bit, read)
@@ -150,14 +150,15 @@ def plan(
             f"the head and the embedding shared one tensor and differ now: both are written"
             f" (+{readable(base.tensors[tied.embedding].nbytes if tied else 0)}) and tie_word_embeddings becomes false"
         )
-    edits = ConfigEdits(output_dtype(dtype), untied, _vocab_size(base, joined))
+    is_clip = names is not None and names.is_clip
+    edits = ConfigEdits(output_dtype(dtype), untied, _vocab_size(base, joined), vision_only=is_clip)
     return MergePlan(
         base,
         read,
         into_shards(sorted(tensors, key=lambda tensor: natural_order(tensor.name)), max_shard_size_bytes),
         frozenset([*joined.deltas, *joined.replaced, *joined.token_rows, *joined.shifts]),
         edits,
-        _side_files(base, [adapter.folder for adapter, _ in read], is_clip=is_clip),
+        side_files(base.folder, [adapter.folder for adapter, _ in read], vision_only=is_clip),
         tuple(notes),
     )
 
@@ -200,16 +201,6 @@ def execute(plan: MergePlan, save_path: Path, *, force: bool = False) -> MergeRe
     )
 
 
-def _side_files(base: Checkpoint, winners: Sequence[Path], *, is_clip: bool) -> dict[str, Path]:
-    """Choose the side files; a vision tower takes its image processor along, but no tokenizer."""
-    chosen = side_files(base.folder, winners)
-    if not is_clip:
-        return chosen
-    return {
-        name: path for name, path in chosen.items() if "processor" in name or name.startswith(("LICENSE", "NOTICE"))
-    }
-
-
 def output_dtype(dtype: str) -> str | None:
     """Read `--dtype`: None is auto.
 
@@ -227,11 +218,12 @@ def planned_tensors(
     base: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],
     dtype: str | None,
+    names: NameOptions | None = None,
     four_bit: FourBit | None = None,
 ) -> list[OutputTensor]:
     """Plan the tensors only, in the order of the base's files; for `verify`."""
     tied = find_tied(base.config, base.tensors)
-    joined = _summed([(adapter, join(adapter, base, tied, weight)) for adapter, weight in adapters])
+    joined = _joined(base, tied, adapters, names)
     tensors = _output_tensors(base, joined, tied, dtype, adapters)[0]
     return tensors if four_bit is None else _onto_four_bit(tensors, base, four_bit, adapters)
 
@@ -278,6 +270,27 @@ def _onto_four_bit(
             start = FourBitMerge(base.tensors[tensor.name], deltas, four_bit)
             changed.append(OutputTensor(tensor.name, tensor.dtype, tensor.shape, start))
     return changed
+
+
+def read_base(folder: Path, names: NameOptions | None) -> Checkpoint:
+    """Read the base; with `--is-clip` its vision tower only."""
+    base = read_checkpoint(folder)
+    if names is None or not names.is_clip:
+        return base
+    from fastft.convert.clip import vision_tower
+
+    return vision_tower(base)
+
+
+def _joined(
+    base: Checkpoint,
+    tied: Tied | None,
+    adapters: Sequence[tuple[Adapter, float]],
+    options: NameOptions | None,
+) -> Joined:
+    """Join every adapter with the base."""
+    names = BaseNames(base, tied, options)
+    return _summed([(adapter, join(adapter, base, tied, weight, names)) for adapter, weight in adapters])
 
 
 def _summed(parts: Sequence[tuple[Adapter, Joined]]) -> Joined:
@@ -348,13 +361,20 @@ def _output_tensor(name: str, source: Source, joined: Joined, dtype: str | None)
         raise PlanError(f"{name!r} of the base is {source.dtype}; only {', '.join(FLOATS)} can be changed")
     if deltas:
         dora = any(delta.magnitude is not None for delta in deltas)
-        operation = (Dora if dora else Merge)(source_or_new, tuple(deltas))
+        operation = (Dora if dora else Merge)(_as_rows(source_or_new, deltas), tuple(deltas))
         return OutputTensor(name, kept_dtype, source_or_new.shape, operation)
     if name in joined.shifts:
         return OutputTensor(name, kept_dtype, source_or_new.shape, Shift(source_or_new, tuple(joined.shifts[name])))
     if rows is not None:
         return OutputTensor(name, kept_dtype, source.shape, _with_rows(source, rows))
     return taken_over(name, source_or_new, dtype if name not in joined.replaced else kept_dtype)
+
+
+def _as_rows(source: Source, deltas: Sequence[Delta]) -> Source:
+    """See the experts of a (experts, rows, columns) weight as rows one after the other; a convolution stays."""
+    if len(source.shape) == 3 and all(len(delta.a.shape) == 2 for delta in deltas):
+        return replace(source, shape=(source.shape[0] * source.shape[1], source.shape[2]))
+    return source
 
 
 def _with_rows(source: Source, new: TokenRows) -> Rows:

@@ -20,11 +20,13 @@ class ConfigEdits:
         dtype: the dtype of all floating weights, as safetensors names it; None: as before.
         untied: head and embedding are two tensors now.
         vocab_size: rows of the embedding, where that changed.
+        vision_only: the weights are the vision tower of a CLIP now.
     """
 
     dtype: str | None = None
     untied: bool = False
     vocab_size: int | None = None
+    vision_only: bool = False
 
 
 def edited_text(path: Path, config: Mapping[str, Any], edits: ConfigEdits) -> bytes:
@@ -41,6 +43,10 @@ def config_text(config: Mapping[str, Any]) -> str:
 
 def edited(config: Mapping[str, Any], edits: ConfigEdits) -> dict[str, Any]:
     """Apply the edits at the top and in the part that describes the text model."""
+    if edits.vision_only:
+        from fastft.convert.clip import vision_config
+
+        config = vision_config(config)
     changed = {
         key: _edited_part(value, edits, top=False, text=key in ("text_config", "llm_config"))
         if isinstance(value, dict)

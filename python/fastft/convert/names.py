@@ -1,22 +1,28 @@
-"""Joins an adapter with the tensors of a base by their names; transformers is asked only where they do not match.
+"""Joins an adapter with the tensors of a base by their names.
 
-A module path of the adapter names a tensor of the base directly; or the two differ as InternLM2's own layout differs
-from Llama's, in either direction. Every update must find its tensor and fit its shape, else all that failed is listed.
+Level 0: a module path of the adapter names a tensor of the base directly; or the two differ as InternLM2's own layout
+differs from Llama's, in either direction. Level 1, where that does not find all: `names_transformers`. Every update
+must find its tensor and fit its shape, else all that failed is listed.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from fastft.convert import clip, internlm2, names_transformers
+from fastft.convert import clip, internlm2
 from fastft.convert.adapter import Adapter, LowRank
 from fastft.convert.folder import Checkpoint
+from fastft.convert.matching import NameOptions, Names, Target, with_key_map
 from fastft.convert.plan import Addend, Delta
-from fastft.convert.source import Source
+from fastft.convert.source import Source, rows_of
 from fastft.convert.tied import Tied, is_embedding
 from fastft.errors import CheckpointError, PlanError
+
+if TYPE_CHECKING:
+    from fastft.convert.names_transformers import ModelNames
 
 # `model.layers.12.self_attn.q_proj`: what stands before and after the number of the layer.
 _NUMBERED = re.compile(r"(.*?\b(?:layers|h|blocks|block|layer)\.)(\d{1,6})(\..+)", re.ASCII)
@@ -40,18 +46,73 @@ class Joined:
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """A tensor that (a part of) an update goes to."""
+class EqualNames:
+    """Level 0: the names are equal, or differ as InternLM2's and Llama's do."""
 
-    name: str
-    # Which rows of the product go where; None: all.
-    rows: internlm2.RowMap | None = None
-    # Rows that the product B A must have then; None: the tensor's own.
-    product_rows: int | None = None
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+        self._shapes = shapes
+        self._config = config
+
+    def targets(self, path: str) -> Sequence[Target]:
+        """Find the tensors that an update of the module `path` belongs to; none: not found."""
+        return _targets(path, self._shapes, self._config)
+
+    def tensor(self, name: str) -> str | None:
+        """Find the one tensor that a whole tensor of the adapter stands for."""
+        return _same_tensor(name, self._shapes, self._config)
+
+    def parameter_updates(self, adapter: Adapter) -> Iterable[tuple[LowRank, Target]]:
+        """Give none: which parameter is meant only the class of the model says."""
+        assert not adapter.parameters
+        return ()
 
 
-def join(adapter: Adapter, base: Checkpoint, tied: Tied | None, weight: float = 1.0) -> Joined:
+class BaseNames:
+    """The names of a base at the first level that knows all of an adapter; transformers is imported for level 1 only."""
+
+    def __init__(self, base: Checkpoint, tied: Tied | None, options: NameOptions | None = None) -> None:
+        self.options = options or NameOptions()
+        self.shapes = {name: source.shape for name, source in base.tensors.items()}
+        if tied is not None:
+            # The head can be a target though no file holds it.
+            self.shapes.setdefault(tied.head, self.shapes[tied.embedding])
+        self._base = base
+        config = clip.vision_config(base.config) if self.options.is_clip else base.config
+        self._equal = EqualNames(self.shapes, config)
+
+    @cached_property
+    def _by_model(self) -> "ModelNames":
+        from fastft.convert.names_transformers import ModelNames, build_model
+
+        return ModelNames(self.shapes, build_model(self._base.config, self.options.class_name))
+
+    def knowing(self, adapter: Adapter) -> Names:
+        """Choose the level.
+
+        Raises:
+            PlanError: something of the adapter has no tensor at any level; the message lists what.
+        """
+        lost = [*_lost(adapter, self._equal), *adapter.parameters]
+        if not lost:
+            return self._equal
+        base = self._base
+        if base.config.get("auto_map") and self.options.class_name is None:
+            why = "the base runs its own code (auto_map), so its names are only known from its files; --key-map renames"
+            raise PlanError(_lost_text(adapter, base, lost, list(self.shapes), why))
+        try:
+            by_model = self._by_model
+        except PlanError as error:
+            raise PlanError(_lost_text(adapter, base, lost, list(self.shapes), str(error))) from error
+        lost = _lost(adapter, by_model)
+        if lost:
+            why = "names that differ otherwise can be changed by --key-map REGEX=REPLACEMENT"
+            raise PlanError(_lost_text(adapter, base, lost, list(self.shapes), why))
+        return by_model
+
+
+def join(
+    adapter: Adapter, base: Checkpoint, tied: Tied | None, weight: float = 1.0, names: BaseNames | None = None
+) -> Joined:
     """Find the tensor of the base for everything in the adapter.
 
     Args:
@@ -59,43 +120,34 @@ def join(adapter: Adapter, base: Checkpoint, tied: Tied | None, weight: float = 
         base: the folder; its config.json decides between InternLM2's layout and Llama's.
         tied: the tied pair of the base; its head can be a target though no file holds it.
         weight: multiplies the adapter's updates (several adapters at once).
+        names: of the base, where they are kept for several adapters.
 
     Raises:
         PlanError: something finds no tensor; the message lists what.
         CheckpointError: the tensor is there, but its shape does not fit.
     """
-    shapes = {name: source.shape for name, source in base.tensors.items()}
-    if tied is not None:
-        shapes.setdefault(tied.head, shapes[tied.embedding])
-    adapter = _in_file_names(adapter, base, shapes)
+    all_names = names or BaseNames(base, tied)
+    adapter = with_key_map(adapter, all_names.options.key_map)
+    known = all_names.knowing(adapter)
+    shapes = dict(all_names.shapes)
     joined = Joined()
-    lost: list[str] = []
     for name, source in adapter.replaced.items():
-        target = _same_tensor(name, shapes, base.config)
-        if target is None:
-            lost.append(name)
-        else:
-            _check_replacement(adapter, target, source, shapes[target], tied)
-            joined.replaced[target] = source
-            shapes[target] = source.shape
+        target = _found(known, name)
+        _check_replacement(adapter, target, source, shapes[target], tied)
+        joined.replaced[target] = source
+        shapes[target] = source.shape
     for path, low_rank in adapter.low_rank.items():
-        targets = _targets(path, shapes, base.config)
-        if not targets:
-            lost.append(f"{path}.weight")
-        for goal in targets:
+        for goal in known.targets(path):
             if low_rank.bias is not None:
                 name = goal.name.removesuffix(".weight") + ".bias"
                 joined.shifts.setdefault(name, []).append(_addend(adapter, low_rank, goal, shapes.get(name), weight))
             joined.deltas.setdefault(goal.name, []).append(_delta(adapter, low_rank, goal, shapes[goal.name], weight))
+    for low_rank, goal in known.parameter_updates(adapter):
+        joined.deltas.setdefault(goal.name, []).append(_delta(adapter, low_rank, goal, shapes[goal.name], weight))
     for path, source in adapter.token_rows.items():
-        target = _same_tensor(f"{path}.weight", shapes, base.config)
-        if target is None:
-            lost.append(f"{path}.weight")
-        else:
-            joined.token_rows[target] = _token_rows(adapter, path, source, shapes[target])
-    _check_complete(adapter, shapes, base.config)
-    if lost:
-        raise PlanError(_lost_text(adapter, base, lost, list(shapes)))
+        target = _found(known, f"{path}.weight")
+        joined.token_rows[target] = _token_rows(adapter, path, source, shapes[target])
+    _check_complete(adapter, known, base.config)
     if weight != 1.0 and (joined.replaced or joined.token_rows):
         raise PlanError(
             f"{adapter.folder}: a weight of {weight:g} has no meaning for the tensors that it replaces whole"
@@ -104,39 +156,22 @@ def join(adapter: Adapter, base: Checkpoint, tied: Tied | None, weight: float = 
     return joined
 
 
-def _in_file_names(adapter: Adapter, base: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
-    """Give the adapter with the names of the base's files, where they differ as transformers renames them.
-
-    All names are led through the same table, or none: half of them matching by chance would be a wrong merge.
-    """
-    wanted = [
-        *(f"{path}.weight" for path in [*adapter.low_rank, *adapter.token_rows]),
-        *adapter.replaced,
+def _lost(adapter: Adapter, names: Names) -> list[str]:
+    """List what of an adapter has no tensor in the base; bare parameters are looked up later."""
+    return [
+        *(name for name in adapter.replaced if names.tensor(name) is None),
+        *(f"{path}.weight" for path in adapter.low_rank if not names.targets(path)),
+        *(f"{path}.weight" for path in adapter.token_rows if names.tensor(f"{path}.weight") is None),
     ]
-    paths_found = all(_targets(path, shapes, base.config) for path in adapter.low_rank)
-    names_found = all(
-        _same_tensor(name, shapes, base.config)
-        for name in wanted
-        if name.removesuffix(".weight") not in adapter.low_rank
-    )
-    if paths_found and names_found:
-        return adapter
-    found = names_transformers.file_names(base, wanted)
-    if len(set(found.values())) != len(wanted):
-        return adapter
-
-    def path_of(path: str) -> str:
-        return found[f"{path}.weight"].removesuffix(".weight")
-
-    return replace(
-        adapter,
-        low_rank={path_of(path): replace(low_rank, path=path_of(path)) for path, low_rank in adapter.low_rank.items()},
-        replaced={found[name]: source for name, source in adapter.replaced.items()},
-        token_rows={path_of(path): source for path, source in adapter.token_rows.items()},
-    )
 
 
-def _check_complete(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+def _found(names: Names, name: str) -> str:
+    target = names.tensor(name)
+    assert target is not None
+    return target
+
+
+def _check_complete(adapter: Adapter, names: Names, config: Mapping[str, Any]) -> None:
     """Refuse an adapter that lacks layers which its training must have had.
 
     PEFT puts the modules named in `target_modules` into every layer, unless layers are chosen or excluded; a module
@@ -155,7 +190,7 @@ def _check_complete(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], con
         path
         for prefix, suffix in sorted(patterns)
         for layer in range(num_layers)
-        if (path := f"{prefix}{layer}{suffix}") not in adapter.low_rank and _targets(path, shapes, config)
+        if (path := f"{prefix}{layer}{suffix}") not in adapter.low_rank and names.targets(path)
     ]
     if lacking:
         raise PlanError(
@@ -164,32 +199,32 @@ def _check_complete(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], con
         )
 
 
-def _targets(path: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[_Target]:
+def _targets(path: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[Target]:
     """Find the tensors that an update of the module `path` belongs to; none: not found."""
     if f"{path}.weight" in shapes:
-        return [_Target(f"{path}.weight")]
+        return [Target(f"{path}.weight")]
     if config.get("model_type") == clip.VISION_TYPE:
         # transformers 5 leaves the prefix out of the module's path, its files keep it.
-        return [_Target(f"{clip.PREFIX}{path}.weight")] if f"{clip.PREFIX}{path}.weight" in shapes else []
+        return [Target(f"{clip.PREFIX}{path}.weight")] if f"{clip.PREFIX}{path}.weight" in shapes else []
     layer = internlm2.split_layer(path)
     if internlm2.is_internlm2(config):
         if layer is not None and layer[1] in internlm2.PROJECTIONS and f"{layer[0]}{internlm2.FUSED}.weight" in shapes:
             heads = internlm2.heads_of(config)
             rows = internlm2.fused_row_map(heads, layer[1])
-            return [_Target(f"{layer[0]}{internlm2.FUSED}.weight", rows, heads.rows(layer[1]))]
+            return [Target(f"{layer[0]}{internlm2.FUSED}.weight", rows, heads.rows(layer[1]))]
         own = internlm2.internlm2_name(path)
-        return [_Target(f"{own}.weight")] if own is not None and f"{own}.weight" in shapes else []
+        return [Target(f"{own}.weight")] if own is not None and f"{own}.weight" in shapes else []
     if layer is not None and layer[1] == internlm2.FUSED:
         heads = internlm2.heads_of(config)
         names = [f"{layer[0]}{projection}.weight" for projection in internlm2.PROJECTIONS]
         if not all(name in shapes for name in names):
             return []
         return [
-            _Target(name, internlm2.split_row_map(heads, projection), heads.fused_rows)
+            Target(name, internlm2.split_row_map(heads, projection), heads.fused_rows)
             for name, projection in zip(names, internlm2.PROJECTIONS, strict=True)
         ]
     own = internlm2.llama_name(path)
-    return [_Target(f"{own}.weight")] if own is not None and f"{own}.weight" in shapes else []
+    return [Target(f"{own}.weight")] if own is not None and f"{own}.weight" in shapes else []
 
 
 def _same_tensor(name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
@@ -198,36 +233,61 @@ def _same_tensor(name: str, shapes: Mapping[str, tuple[int, ...]], config: Mappi
         return name
     if config.get("model_type") == clip.VISION_TYPE:
         return f"{clip.PREFIX}{name}" if f"{clip.PREFIX}{name}" in shapes else None
+    if config.get("model_type") == clip.VISION_TYPE:
+        return f"{clip.PREFIX}{name}" if f"{clip.PREFIX}{name}" in shapes else None
     path, _, kind = name.rpartition(".")
     rename = internlm2.internlm2_name if internlm2.is_internlm2(config) else internlm2.llama_name
     own = rename(path)
     return f"{own}.{kind}" if own is not None and f"{own}.{kind}" in shapes else None
 
 
-def _delta(adapter: Adapter, low_rank: LowRank, target: _Target, shape: tuple[int, ...], weight: float) -> Delta:
+def _delta(adapter: Adapter, low_rank: LowRank, target: Target, shape: tuple[int, ...], weight: float) -> Delta:
     """Make the update of one tensor, its shape checked."""
     num_out, num_in = low_rank.b.shape[0], low_rank.a.shape[1]
-    transposed = low_rank.embedding or adapter.fan_in_fan_out
+    stated = adapter.fan_in_fan_out if target.transposed is None else target.transposed
+    transposed = low_rank.embedding or stated
     given = (num_in, num_out) if transposed else (num_out, num_in)
     expected = shape if target.product_rows is None else (target.product_rows, *shape[1:])
-    if given != expected or (transposed and target.rows is not None):
+    if target.product is not None:
+        expected = target.product
+    if given != expected or (transposed and target.product_rows is not None):
         raise CheckpointError(
             f"{adapter.folder}: {low_rank.path}: the update is {_by(given)}, but {target.name!r} of the base is"
             f" {_by(expected)}; the adapter was trained on another model"
         )
     if low_rank.magnitude is not None and weight != 1.0:
         raise PlanError(f"{adapter.folder}: a weight of {weight:g} has no meaning for DoRA; use weight 1")
-    return Delta(low_rank.a, low_rank.b, low_rank.scale * weight, transposed, target.rows, low_rank.magnitude)
+    if low_rank.magnitude is not None and (len(shape) != len(low_rank.a.shape) or (transposed and target.rows)):
+        raise PlanError(
+            f"{adapter.folder}: {low_rank.path}: DoRA on a part of {target.name!r} is not built; merge it with PEFT's"
+            " merge_and_unload instead"
+        )
+    # The columns of a transposed product are rows of B.
+    b = low_rank.b if target.columns is None else rows_of(low_rank.b, *target.columns)
+    return Delta(
+        low_rank.a,
+        b,
+        low_rank.scale * weight,
+        transposed,
+        target.rows,
+        magnitude=low_rank.magnitude,
+        b_columns=low_rank.b_columns,
+    )
 
 
 def _addend(
-    adapter: Adapter, low_rank: LowRank, target: _Target, shape: tuple[int, ...] | None, weight: float
+    adapter: Adapter, low_rank: LowRank, target: Target, shape: tuple[int, ...] | None, weight: float
 ) -> Addend:
     """Make the update of a module's bias from the bias of its lora_B."""
     assert low_rank.bias is not None
     if shape is None:
         raise PlanError(
             f"{adapter.folder}: {low_rank.path} has a lora_B.bias, but that layer of the base has no bias to add it to"
+        )
+    if target.product is not None:
+        raise PlanError(
+            f"{adapter.folder}: {low_rank.path}: lora_bias on a part of {target.name!r} is not built; merge it with"
+            " PEFT's merge_and_unload instead"
         )
     rows = target.product_rows if target.rows is not None else shape[0]
     if low_rank.bias.numel != rows:
@@ -270,8 +330,8 @@ def _token_rows(adapter: Adapter, path: str, source: Source, shape: tuple[int, .
     return TokenRows(source, tuple(stated))
 
 
-def _lost_text(adapter: Adapter, base: Checkpoint, lost: list[str], names: list[str]) -> str:
-    """List what found no tensor, with the nearest names of the base."""
+def _lost_text(adapter: Adapter, base: Checkpoint, lost: list[str], names: list[str], why: str) -> str:
+    """List what found no tensor, with the nearest names of the base and the way out."""
     lines = [f"{adapter.folder}: {len(lost)} of its modules are not in the base {base.folder}:"]
     for name in sorted(lost)[:5]:
         near = get_close_matches(name, names, n=1, cutoff=0.6)
@@ -281,8 +341,7 @@ def _lost_text(adapter: Adapter, base: Checkpoint, lost: list[str], names: list[
     trained_on = adapter.config.get("base_model_name_or_path")
     if trained_on:
         lines.append(f"  the adapter says it was trained on {trained_on}")
-    if base.config.get("auto_map"):
-        lines.append("  the base runs its own code (auto_map), so its names are only known from its files")
+    lines.append(f"  {why}")
     return "\n".join(lines)
 
 

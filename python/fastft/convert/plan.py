@@ -58,6 +58,7 @@ class Delta:
         transposed: the weight is stored as (in, out), the transposed product is added.
         rows: (row of the weight, row of the product, count) where the weight fuses several projections; None: all.
         magnitude: (out,), DoRA's norm of each row of the updated weight; None without DoRA.
+        b_columns: (first, step): the columns of `b` that make the factor (one expert of many); None: all.
     """
 
     a: Source
@@ -66,6 +67,7 @@ class Delta:
     transposed: bool = False
     rows: tuple[tuple[int, int, int], ...] | None = None
     magnitude: Source | None = None
+    b_columns: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:
@@ -250,6 +252,7 @@ def _operation(tensor: OutputTensor, side: Callable[[Source], dict[str, Any]]) -
                         "scale": delta.scale,
                         "transposed": delta.transposed,
                         "rows": delta.rows,
+                        "b_columns": delta.b_columns,
                     }
                     for delta in deltas
                 ],

@@ -32,18 +32,21 @@ _PROCESSORS = (
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
 )
-_BASE_ONLY = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "modules.json")
+_IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+_BASE_ONLY = ("generation_config.json", "*.py", *_LICENCES, "modules.json")
 # Settings over a tokenizer's own; stale beside a tokenizer that the training saved.
 _OVERLAYS = ("special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def side_files(base: Path, winners: Sequence[Path] = ()) -> dict[str, Path]:
+def side_files(base: Path, winners: Sequence[Path] = (), *, vision_only: bool = False) -> dict[str, Path]:
     """Choose the side files of a new model folder.
 
     Args:
         base: the model's folder.
         winners: folders whose tokenizer, template and processor files win, the first one most.
+        vision_only: the new folder is a vision tower, which has an image processor and no tokenizer.
 
     Returns:
         Name in the new folder to the file (or folder of templates) to copy.
@@ -56,6 +59,8 @@ def side_files(base: Path, winners: Sequence[Path] = ()) -> dict[str, Path]:
         if _TOKENIZER_CONFIG in own:
             chosen = {name: path for name, path in chosen.items() if name not in _OVERLAYS}
         chosen |= own
+    if vision_only:
+        chosen = {name: path for name, path in chosen.items() if name in _IMAGE_PROCESSORS or _is_licence(name)}
     return dict(sorted(chosen.items()))
 
 
@@ -78,6 +83,10 @@ def copy_side_files(chosen: dict[str, Path], folder: Path) -> None:
             if isinstance(error, FileError):
                 raise
             raise FileError(f"{path}: cannot be copied to {folder / name}: {error.strerror}") from error
+
+
+def _is_licence(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _LICENCES)
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:

@@ -4,7 +4,7 @@ Made by the readers of checkpoint folders, adapters and .pth files; used in ever
 safetensors names them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -73,6 +73,12 @@ def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(f"dtype {dtype} is not known; known are {', '.join(DTYPE_BYTES)}")
     return prod(shape) * DTYPE_BYTES[dtype]
+
+
+def rows_of(source: Source, start: int, count: int) -> Source:
+    """Give some rows (dimension 0) of a tensor as a tensor of its own; the bytes stay where they are."""
+    row_bytes = source.nbytes // source.shape[0]
+    return replace(source, offset=source.offset + start * row_bytes, shape=(count, *source.shape[1:]))
 
 
 def fingerprint(path: Path) -> Fingerprint:

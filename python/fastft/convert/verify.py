@@ -8,20 +8,20 @@ the native stream.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastft import console
-from fastft.convert import clip
 from fastft.convert.adapter import read_adapter
 from fastft.convert.arithmetic import BLOCK_ELEMENTS, Arithmetic, row_bytes
-from fastft.convert.folder import existing_folder, read_checkpoint, read_weights
+from fastft.convert.folder import existing_folder, read_weights
 from fastft.convert.four_bit import FourBit
-from fastft.convert.merge import planned_tensors
+from fastft.convert.matching import NameOptions
+from fastft.convert.merge import planned_tensors, read_base
 from fastft.convert.numbers import bits_of, rounded, ulp_distance, values_of
-from fastft.convert.plan import Cast, Copy, OutputTensor
+from fastft.convert.plan import Cast, Copy, Merge, OutputTensor
 from fastft.convert.source import FLOATS, Source, read_bytes
 from fastft.errors import CheckpointError
 
@@ -110,21 +110,21 @@ def verify(
     base: Path,
     adapters: Sequence[tuple[Path, float]],
     *,
-    is_clip: bool = False,
+    names: NameOptions | None = None,
     four_bit: FourBit | None = None,
 ) -> VerifyReport:
     """Compute every tensor of `merged` again from the base and the adapters, and compare.
 
-    `is_clip` and `four_bit` are those of the merge. The dtypes of `merged` are taken as they are: a merge with `--dtype fp16` is compared in fp16.
+    `names` and `four_bit` are those of the merge. The dtypes of `merged` are taken as they are: a merge with
+    `--dtype fp16` is compared in fp16.
 
     Raises:
         FileError, CheckpointError, PlanError: one of the folders cannot be read, or they do not fit together.
     """
     merged = existing_folder(merged, "the merged model")
     written, _ = read_weights(merged)
-    checkpoint = clip.vision_part(read_checkpoint(base)) if is_clip else read_checkpoint(base)
     read = [(read_adapter(folder), weight) for folder, weight in adapters]
-    planned = planned_tensors(checkpoint, read, None, four_bit)
+    planned = planned_tensors(read_base(base, names), read, None, names, four_bit)
     checks: list[TensorCheck] = []
     total = sum(tensor.nbytes for tensor in planned)
     done = 0
@@ -134,8 +134,8 @@ def verify(
             checks.append(check)
             done += tensor.nbytes
             advance(done)
-    names = {tensor.name for tensor in planned}
-    checks += [TensorCheck(name, "unexpected") for name in written if name not in names]
+    expected = {tensor.name for tensor in planned}
+    checks += [TensorCheck(name, "unexpected") for name in written if name not in expected]
     return VerifyReport(merged, tuple(checks))
 
 
@@ -167,6 +167,9 @@ def _check_tensor(tensor: OutputTensor, written: Source | None, num_rows: int | 
         return TensorCheck(tensor.name, "missing", targeted)
     if written.shape != tensor.shape:
         return TensorCheck(tensor.name, "shape", targeted)
+    if isinstance(tensor.operation, Merge):
+        # Experts are rows there.
+        written = replace(written, shape=tensor.operation.source.shape)
     if tensor.dtype not in FLOATS or written.dtype not in FLOATS:
         same = tensor.dtype == written.dtype and _same_bytes(tensor, written)
         return TensorCheck(tensor.name, "equal" if same else "dtype" if tensor.dtype != written.dtype else "off")

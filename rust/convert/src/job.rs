@@ -52,7 +52,7 @@ pub(crate) enum Kind {
 }
 
 /// Where values start in which input.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub input: usize,
     pub offset: u64,

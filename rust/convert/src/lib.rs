@@ -9,6 +9,7 @@
 pub mod job;
 mod merge;
 pub mod plan;
+mod shared;
 pub mod stream;
 mod tile;
 

@@ -42,6 +42,16 @@ struct Factor {
     place: Place,
     element: Element,
     num_values: usize,
+    /// Of which columns of the rows in the file it is made; `None`: of all.
+    columns: Option<Columns>,
+}
+
+/// Columns `first`, `first + step`, ... of rows of `width` values.
+#[derive(Clone, Copy, Debug)]
+struct Columns {
+    first: usize,
+    step: usize,
+    width: usize,
 }
 
 /// What all tiles of a tensor share of a product.
@@ -177,7 +187,9 @@ impl LeftRows<'_> {
 impl Product {
     fn check(check: &Check, num_rows: usize, columns: usize, delta: &Delta) -> Result<Self> {
         let (rank, inputs) = matrix(check, &delta.a)?;
-        let (outputs, b_rank) = matrix(check, &delta.b)?;
+        let (outputs, b_width) = matrix(check, &delta.b)?;
+        let chosen = delta.b_columns.map(|columns| check_columns(check, columns, b_width)).transpose()?;
+        let b_rank = chosen.map_or(b_width, Columns::count);
         if rank == 0 || rank != b_rank {
             return check
                 .refuse(&format!("lora_A {:?} and lora_B {:?} have no common rank", delta.a.shape, delta.b.shape));
@@ -187,8 +199,8 @@ impl Product {
         if !scale.is_finite() {
             return check.refuse(&format!("the scale {} is no finite number", delta.scale));
         }
-        let a = Factor::check(check, &delta.a)?;
-        let b = Factor::check(check, &delta.b)?;
+        let a = Factor::check(check, &delta.a, None)?;
+        let b = Factor::check(check, &delta.b, chosen)?;
         let (left, left_rows, right, right_columns) =
             if delta.transposed { (a, inputs, b, outputs) } else { (b, outputs, a, inputs) };
         let fits = right_columns == columns && (delta.rows.is_some() || left_rows == num_rows);
@@ -218,13 +230,26 @@ impl Product {
 }
 
 impl Factor {
-    fn check(check: &Check, source: &Source) -> Result<Self> {
-        let (rows, columns) = matrix(check, source)?;
-        Ok(Self { place: check.place(source)?, element: check.element(source.dtype)?, num_values: rows * columns })
+    fn check(check: &Check, source: &Source, columns: Option<Columns>) -> Result<Self> {
+        let (rows, width) = matrix(check, source)?;
+        let num_values = rows * columns.map_or(width, Columns::count);
+        Ok(Self { place: check.place(source)?, element: check.element(source.dtype)?, num_values, columns })
     }
 
-    /// Values `first..first + count` as f32, all of them finite.
+    /// Values `first..first + count` as f32, all of them finite; whole rows where columns are chosen.
     fn read(&self, reader: &Reader, first: usize, count: usize) -> Result<Vec<f32>> {
+        let Some(columns) = self.columns else {
+            return self.read_values(reader, first, count);
+        };
+        let per_row = columns.count();
+        let num_values = self.num_values / per_row * columns.width;
+        let whole = reader.shared.get(self.place, || self.read_values(reader, 0, num_values))?;
+        let rows = whole.chunks_exact(columns.width).skip(first / per_row).take(count / per_row);
+        Ok(rows.flat_map(|row| row.iter().skip(columns.first).step_by(columns.step)).copied().collect())
+    }
+
+    /// Values `first..first + count` as they lie in the file.
+    fn read_values(&self, reader: &Reader, first: usize, count: usize) -> Result<Vec<f32>> {
         let size = self.element.size_bytes();
         let mut bytes = vec![0; count * size];
         reader.read(Place { offset: self.place.offset + (first * size) as u64, ..self.place }, &mut bytes)?;
@@ -239,6 +264,22 @@ impl Factor {
             "tensor {:?}: its adapter in {file} holds infinite or undefined values; it cannot be merged",
             reader.tensor
         )))
+    }
+}
+
+impl Columns {
+    fn count(self) -> usize {
+        (self.width - self.first).div_ceil(self.step)
+    }
+}
+
+fn check_columns(check: &Check, (first, step): (u64, u64), width: usize) -> Result<Columns> {
+    let small = |value| usize::try_from(value).ok();
+    match small(first).zip(small(step)) {
+        Some((first, step)) if first < step && step <= width && width.is_multiple_of(step) => {
+            Ok(Columns { first, step, width })
+        }
+        _ => check.refuse(&format!("columns {first} and every {step} after it do not divide {width} evenly")),
     }
 }
 

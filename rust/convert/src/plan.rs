@@ -110,6 +110,10 @@ pub struct Delta {
     /// Whether the transpose of the product is added (the weight is (inputs, outputs), as in GPT-2).
     #[serde(default)]
     pub transposed: bool,
+    /// `[first, step]`: only the columns first, first + step, ... of `b` make the factor. The experts of a fused weight
+    /// share one B whose fastest index is the expert. All columns when absent.
+    #[serde(default)]
+    pub b_columns: Option<(u64, u64)>,
     /// `[row of the weight, row of the product, number of rows]`: where which rows go; all of them when absent.
     #[serde(default)]
     pub rows: Option<Vec<(u64, u64, u64)>>,

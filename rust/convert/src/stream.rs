@@ -11,6 +11,7 @@ use fastft_checkpoint::{Error, Output, Result};
 use fastft_kernels::Cpu;
 
 use crate::job::{Job, Kind, Made};
+use crate::shared::SharedFactors;
 use crate::tile::{self, Buffers, Reader};
 
 /// What a run may use.
@@ -123,6 +124,7 @@ struct Stream<'a> {
     stopped: AtomicBool,
     failure: Mutex<Option<Error>>,
     panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
+    shared: SharedFactors,
     bytes_read: AtomicU64,
     bytes_done: AtomicU64,
 }
@@ -157,6 +159,7 @@ impl<'a> Stream<'a> {
             stopped: AtomicBool::new(false),
             failure: Mutex::new(None),
             panic: Mutex::new(None),
+            shared: SharedFactors::default(),
             bytes_read: AtomicU64::new(0),
             bytes_done: AtomicU64::new(0),
         })
@@ -253,8 +256,13 @@ impl<'a> Stream<'a> {
 
     /// Reads, computes and writes a tile; whether its file is now whole.
     fn compute(&self, made: &Made, tile: Tile, offset: u64, buffers: &mut Buffers) -> Result<bool> {
-        let reader =
-            Reader { tensor: &made.name, cpu: self.cpu, inputs: &self.job.inputs, bytes_read: &self.bytes_read };
+        let reader = Reader {
+            tensor: &made.name,
+            cpu: self.cpu,
+            inputs: &self.job.inputs,
+            shared: &self.shared,
+            bytes_read: &self.bytes_read,
+        };
         tile::make(made, &reader, tile.first_row, tile.num_rows, buffers)?;
         if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1
             && let Kind::Merge(merge) = &made.kind

@@ -7,6 +7,7 @@ use fastft_checkpoint::{Error, Input, Result};
 use fastft_kernels::{Cpu, Element, cast};
 
 use crate::job::{Kind, Made, Number, PartPlace, Place};
+use crate::shared::SharedFactors;
 
 /// The buffers of a worker, kept from tile to tile.
 #[derive(Debug, Default)]
@@ -25,6 +26,8 @@ pub struct Reader<'a> {
     pub cpu: Cpu,
     /// The files.
     pub inputs: &'a [Input],
+    /// What several tensors take their factors from.
+    pub shared: &'a SharedFactors,
     /// Counts what is read.
     pub bytes_read: &'a AtomicU64,
 }
