@@ -124,5 +124,13 @@ def _part_lines(title: str, part: PartReport, report: DataReport) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    indent = " " * (len(text) - len(text.lstrip()) + 2)
-    return textwrap.wrap(text, LINE_WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    # The indent is given apart: textwrap drops white space before a word that is too long for the line.
+    indent = " " * (len(text) - len(text.lstrip()))
+    return textwrap.wrap(
+        text.lstrip(),
+        LINE_WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
