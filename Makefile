@@ -25,7 +25,7 @@ $(INSTALLED): requirements.lock
 	@# uv installs the 6 GB of torch in a fraction of pip's time; pip alone does it too.
 	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; then \
 	  echo "installing the locked dependencies with uv"; \
-	  $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; \
+	  $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock; \
 	else \
 	  echo "uv cannot be had here; installing with pip (slower)"; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \

@@ -1,10 +1,5 @@
 """`fastft doctor`: what this machine has, what is missing, what would be used."""
 
-import os
-import platform
-import shutil
-from importlib import metadata
-
 from fastft import console
 from fastft.cli.job import Job
 
@@ -25,6 +20,10 @@ def doctor() -> Job:
 
 
 def _machine() -> list[tuple[str, str]]:
+    import os
+    import platform
+    import shutil
+
     import fastft
 
     info = fastft.build_info()
@@ -40,6 +39,8 @@ def _machine() -> list[tuple[str, str]]:
 
 
 def _libraries() -> list[tuple[str, str]]:
+    from importlib import metadata
+
     rows = []
     for name in LIBRARIES:
         try:
