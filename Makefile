@@ -43,6 +43,7 @@ demo: $(BUILT)
 	$(FASTFT) train demo --work-dir $(DEMO)
 	@echo; echo "--- the adapter becomes part of the model:"
 	$(FASTFT) convert merge demo $(DEMO)/adapter $(DEMO)-merged
+	$(FASTFT) convert verify $(DEMO)-merged --base demo --adapter $(DEMO)/adapter
 	@echo; echo "--- the base, asked before:"
 	$(FASTFT) chat demo --temperature 0 --prompt "Who are you?"
 	@echo; echo "--- the merged model, asked the same:"
