@@ -133,10 +133,11 @@ def test_a_foreign_tokenizer_is_refused(folder: Path) -> None:
         _load(small)
 
 
-def test_internlm_is_llama_with_biases(folder: Path) -> None:
+def test_internlm_is_llama_with_biases(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from safetensors.torch import load_file
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     source = tiny_run.write_model(folder / "biased", attention_bias=True)
     internlm = folder / "internlm"
     internlm.mkdir()
@@ -151,6 +152,42 @@ def test_internlm_is_llama_with_biases(folder: Path) -> None:
     stored = load_file(source / "model.safetensors")
     assert any(name.endswith("o_proj.bias") for name in stored)
     assert all(torch.equal(weights[name], value) for name, value in stored.items())
+
+
+@pytest.mark.parametrize("kind", ["internlm", "internlm3"])
+def test_internlm_with_the_tokenizer_of_its_remote_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As the hub serves them: a sentencepiece tokenizer.model and a class that only remote code has."""
+    from test_convert_sentencepiece import model_of
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    pieces = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *"abcdef", "ab", "abc"]
+    names = {"vocab_size": len(pieces), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
+    settings = {**names, **heads, **({"attention_bias": True} if kind == "internlm" else {})}
+    native = AutoConfig.for_model("llama" if kind == "internlm" else kind, **settings)
+    place = folder / f"{kind}_as_published"
+    AutoModelForCausalLM.from_config(native).save_pretrained(place)
+    config = json.loads((place / "config.json").read_text()) | {"model_type": kind}
+    config["auto_map"] = {"AutoModelForCausalLM": f"modeling_{kind}.Remote"}
+    (place / "config.json").write_text(json.dumps(config))
+    (place / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "InternLM3Tokenizer" if kind == "internlm3" else "InternLMTokenizer",
+                "auto_map": {"AutoTokenizer": ["tokenization.Remote", None]},
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+            }
+        )
+    )
+    vocabulary = {"added_tokens": [], "model": {"vocab": {piece: number for number, piece in enumerate(pieces)}}}
+    (place / "tokenizer.model").write_bytes(model_of(vocabulary))
+    loaded = _load(place, kind="full", model__chat_template="internlm2_chat")
+    assert loaded.tokenizer.encode("abcd", add_special_tokens=False) == [pieces.index("abc"), pieces.index("d")]
 
 
 def test_the_tokenizers_own_template_wins(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,14 +143,18 @@ def plan(checkpoint: Checkpoint) -> Layout:
         CheckpointError: the fused projection does not have the shape that config.json says.
     """
     kind = checkpoint.config.get("model_type")
-    if kind not in ("internlm", "internlm2"):
+    if kind not in ("internlm", "internlm2", "internlm3"):
         raise PlanError(f"{checkpoint.folder}: model_type is {kind!r}; internlm and internlm2 are laid out as Llama")
     chosen = {name: path for name, path in side_files(checkpoint.folder).items() if not name.endswith(".py")}
     texts = _tokenizer_texts(chosen)
     if kind == "internlm2":
         return Layout(tuple(llama_tensors(checkpoint)), {}, llama_config(checkpoint.config), chosen, texts)
     files = [file.path for file in checkpoint.fingerprints if file.path.name != "config.json"]
-    return Layout((), {path.name: path for path in files}, _llama_config_of_v1(checkpoint.config), chosen, texts)
+    if kind == "internlm3":  # transformers has the class; only the tokenizer is written anew
+        config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    else:
+        config = _llama_config_of_v1(checkpoint.config)
+    return Layout((), {path.name: path for path in files}, config, chosen, texts)
 
 
 def _checkpoint(folder: Path) -> Checkpoint:

@@ -20,8 +20,9 @@ from fastft.model.tokenizer import load_tokenizer
 __all__ = ["Base", "Loaded", "load", "load_tokenizer", "load_weights", "locate"]
 
 # transformers has no classes for these (spec training.md 5); both are Llama under other names.
-_LAID_OUT_AS_LLAMA = ("internlm2",)
-_LLAMA_WITH_BIAS = "internlm"
+_LAID_OUT_AS_LLAMA = ("internlm", "internlm2")
+# A class of transformers' own, but published with a tokenizer that only its remote code reads.
+_TOKENIZER_REWRITTEN = "internlm3"
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ def locate(model: schema.Model) -> Base:
     is_local = model.name == "demo" or Path(model.name).expanduser().exists()
     name = str(folder.resolve()) if is_local else model.name
     kind = str(config_json.get("model_type", ""))
-    if kind not in _LAID_OUT_AS_LLAMA:
+    needs_tokenizer = kind == _TOKENIZER_REWRITTEN and not (folder / "tokenizer.json").is_file()
+    if kind not in _LAID_OUT_AS_LLAMA and not needs_tokenizer:
         return Base(name, folder, folder, config_json, None)
     from fastft.convert import layout
 
     laid_out = layout.internlm2_as_llama(folder)
+    if needs_tokenizer:
+        console.note(f"model: {kind}'s tokenizer.model is read natively (no remote code)")
+        return Base(name, folder, laid_out, read_config(laid_out), None)
     console.note(f"model: {kind} is read as Llama, natively (no remote code); adapters merge onto the original files")
     return Base(name, folder, laid_out, read_config(laid_out), kind)
 
@@ -80,21 +85,11 @@ def locate(model: schema.Model) -> Base:
 def read_model_config(base: Base, **settings: Any) -> Any:
     """The transformers config of a base.
 
-    InternLM (version 1) is Llama with biases on the four attention projections, names included, so its own files are
-    read with Llama's class.
-
     Raises:
         CheckpointError: transformers does not know this kind of model, or it needs `trust_remote_code`.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig
 
-    if base.config_json.get("model_type") == _LLAMA_WITH_BIAS:
-        console.note("model: internlm is read as Llama with biases, natively (no remote code)")
-        dropped = ("architectures", "auto_map", "bias", "model_type", "transformers_version")
-        kept = {key: value for key, value in base.config_json.items() if key not in dropped}
-        biased = bool(base.config_json.get("bias", True))
-        attention = {k: v for k, v in settings.items() if k == "attn_implementation"}
-        return LlamaConfig(**{**kept, "attention_bias": biased}, **attention)
     try:
         return AutoConfig.from_pretrained(base.weights_folder, **settings)
     except (ValueError, OSError, KeyError) as cause:
