@@ -241,6 +241,13 @@ def test_a_choice_between_word_and_list_is_one_complaint(write):
     assert line.endswith("method.lora.targets: 5 came; allowed: all-linear or a list ([a, b]) of text")
 
 
+def test_a_wrong_key_in_a_list_item_does_not_complain_about_the_list_too(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("model: {name: demo}\nmethod: {kind: lora}\ndata: {train: [{source: a.json, formt: alpaca}]}\n")
+    (line,) = complaints(str(path))
+    assert line.endswith(":3: data.train.0.formt: no such key; did you mean data.train.0.format?")
+
+
 def test_blocks_that_would_have_no_effect_are_refused(write):
     (line,) = complaints(write(WHOLE.replace("kind: lora", "kind: full\n  lora: {r: 8}")))
     assert line.startswith("my.yaml:3: method: `lora` has no effect with kind: full")

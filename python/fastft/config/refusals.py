@@ -41,7 +41,12 @@ def lines(error: ValidationError, tree: Tree) -> list[str]:
             found[path] = f"{place}: {key}: {detail['msg']}"
         else:
             found[path] = f"{place}: {key}: {_came(deepest)}; allowed: {_allowed(known, deepest)}"
-    return list(found.values())
+    # A list whose item was refused is refused as well, as one that fits no alternative: the item says why.
+    return [line for path, line in found.items() if not any(_is_inside(other, path) for other in found)]
+
+
+def _is_inside(path: tuple[str, ...], outer: tuple[str, ...]) -> bool:
+    return len(path) > len(outer) and path[: len(outer)] == outer
 
 
 def joined(complaints: Sequence[str]) -> str:
