@@ -148,8 +148,9 @@ def test_a_name_that_is_nothing_is_refused(tmp_path, monkeypatch, name, words):
     assert words in "\n".join(complaints(name))
 
 
-def test_an_xtuner_config_says_that_it_is_not_read_yet(write):
-    assert "Python configs (XTuner's) are not read" in complaints(write("lr = 1", "xtuner.py"))[0]
+def test_a_python_file_that_is_no_xtuner_config_is_refused(write):
+    (line,) = complaints(write("x = 1\n", "xtuner.py"))
+    assert line.startswith("xtuner.py: no XTuner config: it has no `model = dict(...)`")
 
 
 def test_a_folder_given_as_a_path_is_refused(tmp_path):

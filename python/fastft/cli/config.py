@@ -1,7 +1,10 @@
-"""`fastft config show` and `fastft config schema`."""
+"""`fastft config show`, `fastft config schema` and `fastft config import`."""
+
+from pathlib import Path
 
 from fastft import console
 from fastft.cli.job import Job
+from fastft.errors import FileError, UsageError
 
 
 def show(config: str, *overrides: str) -> Job:
@@ -28,5 +31,36 @@ def schema() -> Job:
         from fastft.config import show as view
 
         console.result(view.json_schema())
+
+    return Job(run)
+
+
+def import_(config: str, save_path: str, *, force: bool = False) -> Job:
+    """Write an XTuner config (.py) as YAML.
+
+    The file is read, not run. What has no counterpart is listed.
+
+    Args:
+        config: a Python config of XTuner v0.1
+        save_path: a .yaml file, or a folder, which gets NAME.yaml
+        force: overwrite the file if it exists
+    """
+
+    def run() -> None:
+        from fastft import publish
+        from fastft.config import load
+        from fastft.config import show as view
+
+        if Path(config).suffix != ".py":
+            raise UsageError(f"config import: {config} is no .py file; `copy-cfg` writes recipes and YAML configs")
+        loaded = load.load(config)
+        target = Path(save_path)
+        if target.suffix not in (".yaml", ".yml") or target.is_dir():
+            target = target / f"{loaded.config.name}.yaml"
+        if target.exists() and not force:
+            raise FileError(f"config import: {target} exists; choose another name or add --force")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        publish.write_text(target, view.flat_yaml(loaded.config))
+        console.result(f"written to {target}")
 
     return Job(run)

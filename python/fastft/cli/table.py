@@ -40,6 +40,7 @@ COMMANDS = (
     Command(("copy-cfg",), "copy_cfg:copy_cfg"),
     Command(("config", "show"), "config:show"),
     Command(("config", "schema"), "config:schema"),
+    Command(("config", "import"), "config:import_"),
     Command(("log-dataset",), "log_dataset:log_dataset"),
     Command(("train",), "train:train"),
     Command(("convert", "pth_to_hf"), "convert_pth:pth_to_hf"),

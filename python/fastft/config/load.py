@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from fastft.config import chat_templates, fields, overrides, recipes, refusals
 from fastft.config.schema import Config, Section
-from fastft.config.tree import MAX_BYTES, Branch, Leaf, Listing, Tree, at, merge, parse
+from fastft.config.tree import MAX_BYTES, Branch, Leaf, Listing, Tree, at, grown, merge, parse
 from fastft.errors import ConfigError, FileError
 
 DEFAULT = "default"
@@ -25,19 +25,20 @@ class Loaded:
     """A config and where each of its values comes from.
 
     `origin` maps a dotted key (`data.train.0.source`; a list of words is one value) to `FILE:LINE`, `override` or
-    `default`. `path` is the config file, or None for a recipe.
+    `default`. `path` is the config file, or None for a recipe. `notes` say what of an XTuner config has no counterpart.
     """
 
     config: Config
     origin: Mapping[str, str]
     path: Path | None
+    notes: tuple[str, ...] = ()
 
 
 def load(name_or_path: str, override_words: Sequence[str] = ()) -> Loaded:
     """Read, merge and check.
 
     Args:
-        name_or_path: a YAML file (it wins when it exists) or a recipe's name.
+        name_or_path: a YAML file or one of XTuner's Python configs (a file wins when it exists), or a recipe's name.
         override_words: `key=value` each, see `overrides.apply`.
 
     Raises:
@@ -45,7 +46,13 @@ def load(name_or_path: str, override_words: Sequence[str] = ()) -> Loaded:
         FileError: the file exists and cannot be read.
     """
     path = _file(name_or_path)
-    tree = _read(path) if path else recipes.tree(name_or_path)
+    notes: tuple[str, ...] = ()
+    if path is None:
+        tree: Tree = recipes.tree(name_or_path)
+    elif path.suffix == ".py":
+        tree, notes = _imported(path)
+    else:
+        tree = parse(_text(path), lambda line: f"{path}:{line}")
     name = path.stem if path else name_or_path
     if not isinstance(tree, Branch):
         if not (isinstance(tree, Leaf) and tree.value is None):
@@ -63,7 +70,7 @@ def load(name_or_path: str, override_words: Sequence[str] = ()) -> Loaded:
         complaints = [*complaints, *_missing_template(config, full)]
     if complaints:
         raise ConfigError(refusals.joined(complaints))
-    return Loaded(config, _origins(config, full), path)
+    return Loaded(config, _origins(config, full), path, notes)
 
 
 def flat(section: Section, prefix: str = "") -> dict[str, Any]:
@@ -95,28 +102,33 @@ def _file(name_or_path: str) -> Path | None:
     if not is_file and looks_like_path:
         why = "is a folder, not a file" if exists else "no such file"
         raise ConfigError(f"config {name_or_path}: {why}; give a YAML file or a recipe's name (`fastft list-cfg`).")
-    if is_file and path.suffix == ".py":
-        raise ConfigError(
-            f"config {name_or_path}: Python configs (XTuner's) are not read; start from `fastft list-cfg -p "
-            f"{path.stem}` and `fastft copy-cfg`, which write YAML."
-        )
     return path if is_file else None
 
 
-def _read(path: Path) -> Tree:
+def _imported(path: Path) -> tuple[Tree, tuple[str, ...]]:
+    """The tree of an XTuner config, and what of it has no counterpart."""
+    from fastft import console
+    from fastft.config import xtuner
+
+    found = xtuner.imported(_text(path), str(path))
+    for note in found.notes:
+        console.note(f"{path.name}: {note}")
+    return grown(found.values, str(path)), found.notes
+
+
+def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise FileError(f"config {path}: cannot be read: {error.strerror}") from error
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if len(raw) <= MAX_BYTES:
             line = raw.count(b"\n", 0, error.start) + 1
             raise ConfigError(f"{path}:{line}: not UTF-8 text; a config is a YAML file in UTF-8.") from error
-        text = raw.decode("latin-1")  # cut inside a character; parse refuses it as too large
-    return parse(text, lambda line: f"{path}:{line}")
+        return raw.decode("latin-1")  # cut inside a character; refused as too large
 
 
 def _named(tree: Branch, name: str) -> Branch:

@@ -176,6 +176,33 @@ def data_sets() -> dict[str, DataPart]:
     return found
 
 
+def model_settings(name: str) -> dict[str, Any]:
+    """What our part for a model says beside its name (its chat template); nothing for one that we do not carry."""
+    from fastft.config.tree import plain
+
+    for model in models().values():
+        # Reading every family takes half a second; the text tells which one is meant.
+        if name in (FOLDER / f"models/{model.family}.yaml").read_text(encoding="utf-8"):
+            settings = plain(_model_tree(model))["model"]
+            if settings.pop("name") == name:
+                found: dict[str, Any] = settings
+                return found
+    return {}
+
+
+def source_settings(source: str) -> dict[str, Any] | None:
+    """How our part for a data set reads its rows (format, columns, system, subset); None for one that we do not carry."""
+    from fastft.config.tree import plain
+
+    for data in data_sets().values():
+        if source in (FOLDER / f"data/{data.name}.yaml").read_text(encoding="utf-8"):
+            for item in plain(_part(f"data/{data.name}"))["data"]["train"]:
+                if item.pop("source") == source:
+                    found: dict[str, Any] = item
+                    return found
+    return None
+
+
 @cache
 def _named() -> list[str]:
     """The recipes that have a file of their own."""

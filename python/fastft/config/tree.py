@@ -137,6 +137,15 @@ def plain(tree: Tree) -> Any:
     return {key: plain(child) for key, child in tree.children.items()}
 
 
+def grown(value: Any, origin: str) -> Tree:
+    """The tree of plain values that all come from one place; the way back from `plain`."""
+    if isinstance(value, dict):
+        return Branch({key: grown(inner, origin) for key, inner in value.items()}, origin)
+    if isinstance(value, (list, tuple)):
+        return Listing(tuple(grown(inner, origin) for inner in value), origin)
+    return Leaf(value, "" if value is None else str(value), origin)
+
+
 def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tree]]:
     """Every value with its path; an empty mapping or list counts as a value."""
     if isinstance(tree, Branch) and tree.children:
