@@ -8,6 +8,8 @@ pub mod cast;
 pub mod element;
 pub mod level;
 pub mod merge;
+pub mod nf4;
+pub mod parallel;
 
 pub use element::Element;
 pub use level::{Cpu, Level, LevelError};

@@ -3,6 +3,8 @@
 
 use fastft_kernels::cast::{cast, narrow, widen};
 use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, merge};
+use fastft_kernels::nf4::{self, Blocks, Code};
+use fastft_kernels::parallel;
 use fastft_kernels::{Cpu, Element, Level};
 use proptest::prelude::*;
 
@@ -299,4 +301,106 @@ fn wrong_sizes_are_refused() {
     assert!(Panels::from_columns(2, 3, &[0.0; 5]).is_err());
     assert!(widen(scalar(), Element::F16, &[0; 3], &mut [0.0; 1]).is_err());
     assert!(cast(scalar(), Element::F16, &[0; 3], Element::F32, &mut [0; 4]).is_err());
+}
+
+/// Source bytes of `count` values: any bits in every third block, small numbers in the others.
+fn weights(random: &mut Random, element: Element, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count * element.size_bytes()];
+    let values = random.values(count);
+    assert_eq!(narrow(scalar(), &values, element, &mut bytes), Ok(true));
+    for block in bytes.chunks_mut(96 * element.size_bytes()).skip(2).step_by(3) {
+        let length = block.len();
+        block.copy_from_slice(&random.bytes(length));
+    }
+    bytes
+}
+
+#[test]
+fn four_bit_agrees_for_every_element_block_size_and_odd_length() {
+    let mut random = Random(4);
+    for code in Code::ALL {
+        for size in [32, 64, 128, 256, 512, 1024, 2048, 4096] {
+            let Ok(blocks) = Blocks::new(code, size) else { unreachable!("{size} is allowed") };
+            for element in Element::ALL {
+                for count in [0, 1, 2, 31, 33, size - 1, size, size + 1, 3 * size + 17, 5 * size + 64] {
+                    let source = weights(&mut random, element, count);
+                    let quantized = |cpu| {
+                        let (mut packed, mut absmax) =
+                            (vec![0xAA; count.div_ceil(2)], vec![-1.0; count.div_ceil(size)]);
+                        assert_eq!(nf4::quantize(cpu, blocks, element, &source, &mut packed, &mut absmax), Ok(()));
+                        let mut maxima = vec![-1.0; absmax.len()];
+                        assert_eq!(nf4::block_maxima(cpu, blocks, element, &source, &mut maxima), Ok(()));
+                        assert_eq!(bits(&maxima), bits(&absmax), "{cpu:?} {blocks:?} {element:?} {count}");
+                        let mut back = vec![0xAA; source.len()];
+                        assert_eq!(nf4::dequantize(cpu, blocks, &packed, &absmax, element, &mut back), Ok(()));
+                        (packed, bits(&absmax), back)
+                    };
+                    let expected = quantized(scalar());
+                    for_each_level(|cpu| {
+                        assert_eq!(quantized(cpu), expected, "{cpu:?} {blocks:?} {element:?} {count}");
+                    });
+                }
+            }
+        }
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn four_bit_does_not_depend_on_the_number_of_threads() {
+    let mut random = Random(5);
+    let Ok(blocks) = Blocks::new(Code::Nf4, 64) else { unreachable!("64 is allowed") };
+    let count = (1 << 20) + 64 * 3 + 5;
+    let source = weights(&mut random, Element::Bf16, count);
+    for_each_level(|cpu| {
+        let run = |threads| {
+            let (mut packed, mut absmax) = (vec![0; count.div_ceil(2)], vec![0.0; count.div_ceil(64)]);
+            let done = parallel::quantize_4bit(cpu, blocks, Element::Bf16, &source, &mut packed, &mut absmax, threads);
+            assert_eq!(done, Ok(()));
+            let mut back = vec![0; source.len()];
+            let done = parallel::dequantize_4bit(cpu, blocks, &packed, &absmax, Element::Bf16, &mut back, threads);
+            assert_eq!(done, Ok(()));
+            (packed, bits(&absmax), back)
+        };
+        let alone = run(1);
+        for threads in [2, 3, 4, 7] {
+            assert!(run(threads) == alone, "{cpu:?} {threads}");
+        }
+    });
+}
+
+#[test]
+fn four_bit_refuses_lengths_that_do_not_fit() {
+    let Ok(blocks) = Blocks::new(Code::Nf4, 64) else { unreachable!("64 is allowed") };
+    let source = [0; 100 * 2];
+    let quantized = |num_packed, num_scales| {
+        let (mut packed, mut absmax) = (vec![0; num_packed], vec![0.0; num_scales]);
+        nf4::quantize(scalar(), blocks, Element::Bf16, &source, &mut packed, &mut absmax).is_ok()
+            && parallel::quantize_4bit(scalar(), blocks, Element::Bf16, &source, &mut packed, &mut absmax, 2).is_ok()
+    };
+    assert!(quantized(50, 2));
+    assert!(!quantized(49, 2) && !quantized(51, 2) && !quantized(50, 1) && !quantized(50, 3));
+    for size in [0, 16, 48, 63, 8192, usize::MAX] {
+        assert!(Blocks::new(Code::Nf4, size).is_err(), "{size}");
+    }
+}
+
+proptest! {
+    /// The nearest value of the code book is at most half the widest gap away: 0.1520 of the scale for NF4.
+    #[test]
+    fn four_bit_stays_near_the_value(values in proptest::collection::vec(-1000.0_f32..1000.0, 1..300)) {
+        let Ok(blocks) = Blocks::new(Code::Nf4, 32) else { unreachable!("32 is allowed") };
+        let source: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let (mut packed, mut absmax) = (vec![0; values.len().div_ceil(2)], vec![0.0; values.len().div_ceil(32)]);
+        prop_assert_eq!(nf4::quantize(scalar(), blocks, Element::F32, &source, &mut packed, &mut absmax), Ok(()));
+        let mut back = vec![0; source.len()];
+        prop_assert_eq!(nf4::dequantize(scalar(), blocks, &packed, &absmax, Element::F32, &mut back), Ok(()));
+        for (index, (value, back)) in values.iter().zip(back.as_chunks::<4>().0).enumerate() {
+            let error = (f32::from_le_bytes(*back) - value).abs();
+            prop_assert!(error <= 0.1521 * absmax[index / 32], "{} became {}", value, f32::from_le_bytes(*back));
+        }
+    }
 }

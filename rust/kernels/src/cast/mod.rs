@@ -112,6 +112,11 @@ pub(crate) fn widen_unchecked(cpu: Cpu, from: Element, source: &[u8], target: &m
     }
 }
 
+/// [`narrow`] by the specification, for few values: as many bytes as `source` has values of `to`.
+pub(crate) fn narrow_scalar(source: &[f32], to: Element, target: &mut [u8]) -> bool {
+    scalar::narrow(source, to, target)
+}
+
 /// [`narrow`] after its check.
 pub(crate) fn narrow_unchecked(cpu: Cpu, source: &[f32], to: Element, target: &mut [u8]) -> bool {
     match cpu.level() {

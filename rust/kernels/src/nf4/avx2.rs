@@ -1,0 +1,182 @@
+//! AVX2. AVX-512 runs the same: quantizing waits for memory already, and the look-ups fit 256 bits (LOG, November 2026).
+//!
+//! A code is found by four compares: each is with the middle of what is left of the thresholds, looked up by the
+//! answers so far. Dequantizing looks up bytes: the 16 values of a block are made once, cut into planes of first bytes,
+//! second bytes and so on, and each plane is a table for one byte shuffle.
+
+use std::arch::x86_64::{
+    __m128i, __m256, __m256i, _CMP_NGE_UQ, _mm_and_si128, _mm_loadu_si128, _mm_set1_epi8, _mm_shuffle_epi8,
+    _mm_srli_epi16, _mm_storeu_si128, _mm_unpackhi_epi8, _mm_unpackhi_epi16, _mm_unpacklo_epi8, _mm_unpacklo_epi16,
+    _mm256_abs_epi8, _mm256_add_epi32, _mm256_blendv_ps, _mm256_broadcastsi128_si256, _mm256_castps_si256,
+    _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_loadu_ps, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_packs_epi16,
+    _mm256_packs_epi32, _mm256_packus_epi16, _mm256_permute4x64_epi64, _mm256_permutevar8x32_epi32,
+    _mm256_permutevar8x32_ps, _mm256_set1_epi16, _mm256_set1_ps, _mm256_setr_epi32, _mm256_shuffle_epi8,
+};
+
+use super::{Code, scalar};
+use crate::cast;
+use crate::element::Element;
+
+/// Values that are packed together.
+const GROUP: usize = 32;
+/// f32 of a register.
+const LANES: usize = 8;
+
+/// See [`scalar::largest_magnitude`].
+#[target_feature(enable = "avx2")]
+pub fn largest_magnitude(values: &[f32]) -> f32 {
+    let (blocks, rest) = values.as_chunks::<GROUP>();
+    let mut largest = [0_u32; GROUP];
+    for block in blocks {
+        for (largest, value) in largest.iter_mut().zip(block) {
+            *largest = (*largest).max(value.to_bits() & 0x7FFF_FFFF);
+        }
+    }
+    let in_rest = scalar::largest_magnitude(rest).to_bits();
+    f32::from_bits(largest.into_iter().fold(in_rest, u32::max))
+}
+
+/// See [`scalar::quantize_block`]; a full block is a multiple of 32 values.
+#[target_feature(enable = "avx2")]
+pub fn quantize_block(code: Code, values: &[f32], packed: &mut [u8]) -> f32 {
+    let absmax = largest_magnitude(values);
+    let inverse = _mm256_set1_ps(1.0 / scalar::at_least_smallest(absmax));
+    let search = Search::new(code);
+    for (group, bytes) in values.as_chunks::<GROUP>().0.iter().zip(packed.as_chunks_mut::<{ GROUP / 2 }>().0) {
+        let parts = group.as_chunks::<LANES>().0;
+        let found = [0, 1, 2, 3].map(|part| search.codes(_mm256_mul_ps(load(&parts[part]), inverse)));
+        store(bytes, search.packed(found));
+    }
+    absmax
+}
+
+/// The thresholds, laid out for the search. The answers are -1 and 0, so a place counted down from 0 is the index.
+struct Search {
+    first: __m256,
+    second: [__m256; 2],
+    third: __m256,
+    fourth: __m256,
+    order: __m256i,
+}
+
+impl Search {
+    #[target_feature(enable = "avx2")]
+    fn new(code: Code) -> Self {
+        let thresholds = code.thresholds();
+        // Of 8 entries, the one for `answers` (0 to -7) stands at its three lowest bits.
+        let third: [f32; LANES] = std::array::from_fn(|place| thresholds[((LANES - place) % 4) * 4 + 1]);
+        let fourth: [f32; LANES] = std::array::from_fn(|place| thresholds[((LANES - place) % LANES) * 2]);
+        let order = code.order();
+        Self {
+            first: _mm256_set1_ps(thresholds[7]),
+            second: [_mm256_set1_ps(thresholds[3]), _mm256_set1_ps(thresholds[11])],
+            third: load(&third),
+            fourth: load(&fourth),
+            order: _mm256_broadcastsi128_si256(load_bytes(&order)),
+        }
+    }
+
+    /// Minus the number of thresholds that each value is above.
+    #[target_feature(enable = "avx2")]
+    fn codes(&self, values: __m256) -> __m256i {
+        let above = |thresholds| _mm256_castps_si256(_mm256_cmp_ps::<_CMP_NGE_UQ>(thresholds, values));
+        let first = _mm256_cmp_ps::<_CMP_NGE_UQ>(self.first, values);
+        let second = above(_mm256_blendv_ps(self.second[0], self.second[1], first));
+        let first = _mm256_castps_si256(first);
+        let answers = _mm256_add_epi32(_mm256_add_epi32(first, first), second);
+        let third = above(_mm256_permutevar8x32_ps(self.third, answers));
+        let answers = _mm256_add_epi32(_mm256_add_epi32(answers, answers), third);
+        let fourth = above(_mm256_permutevar8x32_ps(self.fourth, answers));
+        _mm256_add_epi32(_mm256_add_epi32(answers, answers), fourth)
+    }
+
+    /// The bytes of 32 values.
+    #[target_feature(enable = "avx2")]
+    fn packed(&self, found: [__m256i; 4]) -> __m128i {
+        let words = [_mm256_packs_epi32(found[0], found[1]), _mm256_packs_epi32(found[2], found[3])];
+        // Packing works on each half of a register for itself; this puts the fours back in order.
+        let bytes = _mm256_packs_epi16(words[0], words[1]);
+        let bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        let nibbles = _mm256_shuffle_epi8(self.order, _mm256_abs_epi8(bytes));
+        // 16 * first + 1 * second
+        let pairs = _mm256_maddubs_epi16(nibbles, _mm256_set1_epi16(0x0110));
+        let packed = _mm256_packus_epi16(pairs, pairs);
+        _mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b1000>(packed))
+    }
+}
+
+/// See [`scalar::dequantize_block`].
+#[target_feature(enable = "avx2")]
+pub fn dequantize_block(values: &[f32; 16], packed: &[u8], to: Element, target: &mut [u8]) {
+    match to {
+        Element::F32 => dequantize_with::<4>(values, packed, to, target),
+        Element::F16 | Element::Bf16 => dequantize_with::<2>(values, packed, to, target),
+    }
+}
+
+/// `SIZE` is the size of `to`.
+#[target_feature(enable = "avx2")]
+fn dequantize_with<const SIZE: usize>(values: &[f32; 16], packed: &[u8], to: Element, target: &mut [u8]) {
+    let mut table = [0_u8; 16 * 4];
+    cast::narrow_scalar(values, to, &mut table[..16 * SIZE]);
+    let mut planes = [[0_u8; 16]; SIZE];
+    for (code, bytes) in table[..16 * SIZE].as_chunks::<SIZE>().0.iter().enumerate() {
+        for (plane, byte) in planes.iter_mut().zip(bytes) {
+            plane[code] = *byte;
+        }
+    }
+    let planes = planes.map(|plane| load_bytes(&plane));
+    let low = _mm_set1_epi8(0x0F);
+    let num_groups = target.len() / (GROUP * SIZE);
+    let (whole, rest) = packed.split_at(num_groups * (GROUP / 2));
+    let (whole_target, target_rest) = target.split_at_mut(num_groups * GROUP * SIZE);
+    let groups = whole.as_chunks::<{ GROUP / 2 }>().0;
+    for (group, target) in groups.iter().zip(whole_target.chunks_exact_mut(GROUP * SIZE)) {
+        let bytes = load_bytes(group);
+        let (first, second) = (_mm_and_si128(_mm_srli_epi16::<4>(bytes), low), _mm_and_si128(bytes, low));
+        let codes = [_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)];
+        for (codes, target) in codes.into_iter().zip(target.as_chunks_mut::<16>().0.chunks_exact_mut(SIZE)) {
+            let looked_up = planes.map(|plane| _mm_shuffle_epi8(plane, codes));
+            woven(&looked_up, target);
+        }
+    }
+    scalar::dequantize_block(values, rest, to, target_rest);
+}
+
+/// Stores planes of bytes so that the bytes of one value lie together.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn woven(planes: &[__m128i], target: &mut [[u8; 16]]) {
+    let low = [_mm_unpacklo_epi8(planes[0], planes[1]), _mm_unpackhi_epi8(planes[0], planes[1])];
+    if let [_, _, third, fourth] = planes {
+        let high = [_mm_unpacklo_epi8(*third, *fourth), _mm_unpackhi_epi8(*third, *fourth)];
+        for (half, targets) in target.chunks_exact_mut(2).enumerate() {
+            store(&mut targets[0], _mm_unpacklo_epi16(low[half], high[half]));
+            store(&mut targets[1], _mm_unpackhi_epi16(low[half], high[half]));
+        }
+    } else {
+        store(&mut target[0], low[0]);
+        store(&mut target[1], low[1]);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load(values: &[f32; LANES]) -> __m256 {
+    // SAFETY: `values` is 32 readable bytes; the instruction allows any alignment.
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_bytes(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: `bytes` is 16 readable bytes; the instruction allows any alignment.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store(bytes: &mut [u8; 16], register: __m128i) {
+    // SAFETY: `bytes` is 16 writable bytes; the instruction allows any alignment.
+    unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), register) };
+}
