@@ -233,8 +233,6 @@ def _same_tensor(name: str, shapes: Mapping[str, tuple[int, ...]], config: Mappi
         return name
     if config.get("model_type") == clip.VISION_TYPE:
         return f"{clip.PREFIX}{name}" if f"{clip.PREFIX}{name}" in shapes else None
-    if config.get("model_type") == clip.VISION_TYPE:
-        return f"{clip.PREFIX}{name}" if f"{clip.PREFIX}{name}" in shapes else None
     path, _, kind = name.rpartition(".")
     rename = internlm2.internlm2_name if internlm2.is_internlm2(config) else internlm2.llama_name
     own = rename(path)
