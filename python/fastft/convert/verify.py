@@ -22,7 +22,7 @@ from fastft.convert.four_bit import FourBit
 from fastft.convert.matching import NameOptions
 from fastft.convert.merge import planned_tensors, read_base
 from fastft.convert.numbers import bits_of, rounded, ulp_distance, values_of
-from fastft.convert.plan import Cast, Copy, Merge, OutputTensor
+from fastft.convert.plan import Cast, Copy, Dora, Merge, OutputTensor
 from fastft.convert.source import FLOATS, Source, read_bytes
 from fastft.errors import CheckpointError
 
@@ -182,8 +182,8 @@ def _check_tensor(tensor: OutputTensor, written: Source | None, num_rows: int | 
         return TensorCheck(tensor.name, "missing", targeted)
     if written.shape != tensor.shape:
         return TensorCheck(tensor.name, "shape", targeted)
-    if isinstance(tensor.operation, Merge):
-        # Experts are rows there.
+    if isinstance(tensor.operation, Merge | Dora):
+        # Experts are rows there, and so are the kernels of a convolution.
         written = replace(written, shape=tensor.operation.source.shape)
     if tensor.dtype not in FLOATS or written.dtype not in FLOATS:
         same = tensor.dtype == written.dtype and _same_bytes(tensor, written)
