@@ -40,6 +40,9 @@ def test_merge_and_verify(folder: Path, capsys: pytest.CaptureFixture[str], how:
     code, out, _ = run(capsys, "convert verify base --base base --adapter adapter")
     assert code == 1
     assert "WRONG" in out
+    code, out, _ = run(capsys, "convert verify base --base base --adapter adapter --json")
+    assert code == 1
+    assert json.loads(out)["good"] is False
 
 
 def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

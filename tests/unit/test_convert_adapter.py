@@ -118,7 +118,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
     [
         (lambda tensors: tensors.pop(f"{Q}.lora_B.weight"), "belong together"),
         (lambda tensors: tensors.update({f"{Q}.lora_B.weight": np.zeros((24, 5), np.float32)}), "share a rank"),
-        (lambda tensors: tensors.update({f"{Q}.lora_B.weight": np.zeros(96, np.float32)}), "two dimensions"),
+        (lambda tensors: tensors.update({f"{Q}.lora_B.weight": np.zeros(96, np.float32)}), "two matrices"),
         (lambda tensors: tensors.update({f"{Q}.lora_A.weight": np.zeros((4, 24), np.int64)}), "I64"),
         (lambda tensors: tensors.update({f"{Q}.lora_A.default.weight": np.zeros((4, 24), np.float32)}), "twice"),
         (lambda tensors: tensors.update({f"{Q}.hada_w1_a": np.zeros((4, 24), np.float32)}), "not one of PEFT's LoRA"),

@@ -94,6 +94,26 @@ def test_tensor_that_the_index_does_not_know_or_that_is_nowhere(tmp_path: Path) 
     refused(folder, CheckpointError, "ghost", "no shard")
 
 
+def test_shards_of_pickles_are_held_against_their_index(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    folder = tiny_llama.write_base(tmp_path / "base")
+    (folder / "model.safetensors").unlink()
+    index = folder / "pytorch_model.bin.index.json"
+    torch.save({"a": torch.ones(2, 3), "b": torch.ones(1)}, folder / "one.bin")
+    torch.save({"c": torch.ones(4)}, folder / "two.bin")
+    right = {"a": "one.bin", "b": "one.bin", "c": "two.bin"}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": right}))
+    found = {name: source.shape for name, source in read_checkpoint(folder).tensors.items()}
+    assert found == {"a": (2, 3), "b": (1,), "c": (4,)}
+    for change, kind, words in (
+        ({"b": "two.bin"}, CheckpointError, ("'b'", "one.bin", "says two.bin")),
+        ({"ghost": "two.bin"}, CheckpointError, ("ghost", "no shard")),
+        ({"c": "three.bin"}, FileError, ("1 of 2 shards", "three.bin")),
+    ):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": right | change}))
+        refused(folder, kind, *words)
+
+
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 3, None])
 def test_paths_never_leave_the_folder(tmp_path: Path, file: object) -> None:
     folder = tiny_llama.write_base(tmp_path / "base", shards=2)

@@ -46,7 +46,7 @@ def split_by_hand(wqkv: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def test_layout_is_exact(original: Path) -> None:
-    folder = layout.internlm2_as_llama(original)
+    folder = layout.without_remote_code(original)
     before, after = tensors_in(original), tensors_in(folder)
     for layer in range(tiny.LAYERS):
         at = f"model.layers.{layer}."
@@ -65,14 +65,14 @@ def test_layout_is_exact(original: Path) -> None:
 
 
 def test_layout_is_made_once_and_anew_when_the_original_changes(original: Path, cache: Path) -> None:
-    first = layout.internlm2_as_llama(original)
+    first = layout.without_remote_code(original)
     assert first.is_relative_to(cache / "fastft" / "layouts")
     stamp = (first / "config.json").stat().st_mtime_ns
-    assert layout.internlm2_as_llama(original) == first
+    assert layout.without_remote_code(original) == first
     assert (first / "config.json").stat().st_mtime_ns == stamp
     config = json.loads((original / "config.json").read_text())
     (original / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
-    second = layout.internlm2_as_llama(original)
+    second = layout.without_remote_code(original)
     assert second != first
     assert json.loads((second / "config.json").read_text())["rms_norm_eps"] == 1e-6
 
@@ -132,7 +132,7 @@ def test_transformers_reads_the_layout(original: Path) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    model, told = AutoModelForCausalLM.from_pretrained(layout.internlm2_as_llama(original), output_loading_info=True)
+    model, told = AutoModelForCausalLM.from_pretrained(layout.without_remote_code(original), output_loading_info=True)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
@@ -195,7 +195,7 @@ def as_llama(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_adapters_go_onto_both_layouts(original: Path, tmp_path: Path, shapes: dict[str, tuple[int, int]]) -> None:
     """Merged into the original files and into the laid-out ones: the same numbers, and right ones."""
     adapter = write_adapter(tmp_path / "adapter", shapes)
-    laid_out = layout.internlm2_as_llama(original)
+    laid_out = layout.without_remote_code(original)
     for base, target in ((original, tmp_path / "merged"), (laid_out, tmp_path / "merged as llama")):
         merge.execute(merge.plan(base, [(adapter, 1.0)]), target)
         assert verify.verify(target, base, [(adapter, 1.0)]).good
@@ -234,7 +234,7 @@ def test_biases_and_buffers(tmp_path: Path, original: Path) -> None:
     (tmp_path / "biased").mkdir()
     save_file(tensors, tmp_path / "biased" / "model.safetensors")
     (tmp_path / "biased" / "config.json").write_text(json.dumps(tiny.config() | {"bias": True}))
-    folder = layout.internlm2_as_llama(tmp_path / "biased")
+    folder = layout.without_remote_code(tmp_path / "biased")
     assert json.loads((folder / "config.json").read_text())["attention_bias"] is True
     found = tensors_in(folder)
     fused = tensors["model.layers.1.attention.wqkv.bias"][:, None]
@@ -263,22 +263,22 @@ def test_a_full_training_in_either_layout(original: Path, tmp_path: Path, names:
 
 
 def test_what_is_no_internlm2(original: Path, tmp_path: Path) -> None:
-    laid_out = layout.internlm2_as_llama(original)
+    laid_out = layout.without_remote_code(original)
     with pytest.raises(PlanError, match="llama"):
-        layout.internlm2_as_llama(laid_out)
+        layout.without_remote_code(laid_out)
     tensors = tensors_in(original) | {"v_head.weight": np.ones((1, H), np.float32)}
     (tmp_path / "reward").mkdir()
     save_file(tensors, tmp_path / "reward" / "model.safetensors")
     (tmp_path / "reward" / "config.json").write_text(json.dumps(tiny.config()))
     with pytest.raises(PlanError, match="v_head"):
-        layout.internlm2_as_llama(tmp_path / "reward")
+        layout.without_remote_code(tmp_path / "reward")
 
 
 def test_only_config_and_tokenizer(original: Path) -> None:
     """A model that is drawn anew needs no weights."""
     for file in original.glob("model*"):
         file.unlink()
-    folder = layout.internlm2_as_llama(original)
+    folder = layout.without_remote_code(original)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert not list(folder.glob("*.safetensors"))
 
@@ -307,7 +307,7 @@ def test_internlm_of_the_first_generation(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    laid_out = layout.internlm2_as_llama(folder)
+    laid_out = layout.without_remote_code(folder)
     model, told = AutoModelForCausalLM.from_pretrained(laid_out, output_loading_info=True)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
@@ -327,7 +327,7 @@ def test_the_real_tokenizer_goes_along(shared_data: Path, tmp_path: Path) -> Non
     }
     (original / "tokenizer_config.json").write_text(json.dumps(config))
     (original / "tokenization_internlm2.py").write_text("raise SystemExit('this code must not run')")
-    tokenizer = AutoTokenizer.from_pretrained(layout.internlm2_as_llama(original))
+    tokenizer = AutoTokenizer.from_pretrained(layout.without_remote_code(original))
     assert tokenizer("hello world").input_ids[0] == 1
     assert tokenizer.decode(tokenizer("hello world").input_ids, skip_special_tokens=True) == "hello world"
     assert tokenizer.chat_template == config["chat_template"]

@@ -305,6 +305,19 @@ def test_plan_is_shown(tmp_path: Path) -> None:
     assert operations.count("cast") == len(tiny_llama.weights()) - 14
 
 
+def test_attention_of_torch_itself_is_refused(tmp_path: Path) -> None:
+    """PEFT adds the update of out_proj twice (spec/formats.md 2.6): nothing that is written would be right."""
+    weights = {"attn.in_proj_weight": np.ones((24, 8), np.float32), "attn.out_proj.weight": np.ones((8, 8), np.float32)}
+    tensors = {
+        f"base_model.model.attn.{inner}lora_{side}.weight": np.ones(shape, np.float32)
+        for inner, num_out in (("", 24), ("base_layer.out_proj.", 8))
+        for side, shape in (("A", (4, 8)), ("B", (num_out, 4)))
+    }
+    base = tiny_llama.write_base(tmp_path / "base", weights)
+    with pytest.raises(PlanError, match=r"attn is an nn\.MultiheadAttention"):
+        merge.plan(base, [(tiny_llama.write_adapter(tmp_path / "adapter", tensors, target_modules=["attn"]), 1.0)])
+
+
 def test_wrong_words(tmp_path: Path) -> None:
     base = tiny_llama.write_base(tmp_path / "base")
     with pytest.raises(UsageError, match="no adapter"):

@@ -132,4 +132,15 @@ def test_report_is_short(folders: tuple[Path, Path, Path]) -> None:
     base, adapter, _ = folders
     text = verify.verify(base, base, [(adapter, 1.0)]).text()
     assert len(text.splitlines()) < 20
-    assert json.dumps(dict(verify.summary(verify.verify(base, base, [(adapter, 1.0)]))))
+
+
+def test_report_as_json(folders: tuple[Path, Path, Path]) -> None:
+    base, adapter, merged = folders
+    good = json.loads(verify.verify(merged, base, [(adapter, 1.0)]).as_json())
+    assert (good["good"], good["num_tensors"], good["num_targeted"], good["not_equal"]) == (True, 21, 14, [])
+    wrong = json.loads(verify.verify(base, base, [(adapter, 1.0)]).as_json())
+    assert wrong["good"] is False
+    assert wrong["by_status"]["base"] == 14
+    assert wrong["by_status"]["equal"] == 7
+    assert {(tensor["status"], tensor["targeted"]) for tensor in wrong["not_equal"]} == {("base", True)}
+    assert Q in {tensor["name"] for tensor in wrong["not_equal"]}

@@ -189,10 +189,32 @@ def clip() -> Any:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16))
 
 
+def convnext() -> Any:
+    from transformers import ConvNextConfig, ConvNextModel
+
+    return ConvNextModel(ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, image_size=32))
+
+
+def resnet() -> Any:
+    from transformers import ResNetConfig, ResNetModel
+
+    return ResNetModel(ResNetConfig(embedding_size=6, hidden_sizes=[8, 12], depths=[1, 1], layer_type="bottleneck"))
+
+
+def wav2vec2() -> Any:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    windows = {"conv_dim": (8, 12, 12), "conv_kernel": (10, 3, 2), "conv_stride": (5, 2, 2), "conv_bias": True}
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    position = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    return Wav2Vec2Model(Wav2Vec2Config(**sizes, **windows, **position, feat_extract_norm="layer"))
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     builder.__name__: builder
     for builder in (
         llama, qwen2, gemma3_text, gpt2, gpt_neox, gemma3, llava, qwen2_vl, qwen2_5_vl, mixtral, qwen3_moe,
-        deepseek_v3, qwen3_vl_moe, jamba, gpt_oss, nomic_bert, clip_vision, clip,
+        deepseek_v3, qwen3_vl_moe, jamba, gpt_oss, nomic_bert, clip_vision, clip, convnext, resnet,
+        wav2vec2,
     )
 }  # fmt: skip

@@ -19,6 +19,7 @@ def verify(
     key_map: tuple[str, ...] = (),
     dequantized_base: Literal["none", "nf4", "fp4"] = "none",
     double_quant: bool = False,
+    json: bool = False,
 ) -> Job:
     """Say tensor by tensor whether a folder is base + adapter.
 
@@ -31,6 +32,7 @@ def verify(
         key_map: as it was merged; may be given several times
         dequantized_base: as it was merged
         double_quant: as it was merged
+        json: print the outcome as JSON
     """
     if base is None or not adapter:
         raise UsageError("convert verify: --base and --adapter are needed: what was merged into what")
@@ -48,7 +50,7 @@ def verify(
             names=name_options(model_class, key_map, is_clip=is_clip),
             four_bit=None if dequantized_base == "none" else FourBit(dequantized_base, double_quant),
         )
-        console.result(report.text())
+        console.result(report.as_json() if json else report.text())
         return 0 if report.good else 1
 
     return Job(run)

@@ -66,10 +66,10 @@ class LowRank:
 
     Attributes:
         path: the module's path in the model that was trained.
-        a: (rank, in).
-        b: (out, rank).
+        a: (rank, in); of a convolution (rank, in, *kernel).
+        b: (out, rank); of a convolution (out, rank, 1, ...).
         scale: alpha/rank, or alpha/sqrt(rank) with rsLoRA.
-        magnitude: (out,), DoRA's trained norm of each row; None without DoRA.
+        magnitude: (out,), DoRA's trained norm of each row, of a convolution (1, out, 1, ...); None without DoRA.
         bias: (out,), the bias of lora_B; None without.
         embedding: the module is an embedding, whose weight is (vocabulary, hidden): the transposed product is added.
         b_columns: (first, step): only these columns of `b` belong to it; None: all.
@@ -376,16 +376,30 @@ def _pair(module: str, found: Mapping[str, Source], config: Mapping[str, Any], p
             raise CheckpointError(f"{path}: {module}: {what} {there}, but {CONFIG} says {key}: {config.get(key)}")
         if vector is not None and vector.numel != b.shape[0]:
             raise CheckpointError(f"{path}: {module}: {what} has {vector.numel} numbers for {b.shape[0]} rows")
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        hint = "; saved by ZeRO-3 or FSDP in pieces?" if len(a.shape) < 2 else ""
-        raise CheckpointError(
-            f"{path}: {module}: A is {a.shape} and B is {b.shape}; two dimensions each are allowed{hint}"
-        )
-    rank = a.shape[0]
-    if rank == 0 or b.shape[1] != rank:
-        raise CheckpointError(f"{path}: {module}: A {a.shape} and B {b.shape} do not share a rank")
+    rank = _shared_rank(a, b, module, path)
     scale = checked_scale(config, module, rank, path)
     return LowRank(module, a, b, scale, magnitude, bias, embedding)
+
+
+def _shared_rank(a: Source, b: Source, module: str, path: Path) -> int:
+    """Check that A and B are two matrices, or the two kernels of a convolution, and give their rank."""
+    matrices = len(a.shape) == 2 and len(b.shape) == 2
+    kernels = 3 <= len(a.shape) <= 5 and len(b.shape) == len(a.shape) and set(b.shape[2:]) == {1}
+    if not matrices and not kernels:
+        hint = "; saved by ZeRO-3 or FSDP in pieces?" if len(a.shape) < 2 else ""
+        raise CheckpointError(
+            f"{path}: {module}: A is {a.shape} and B is {b.shape}; two matrices are allowed, or the kernels of a"
+            f" convolution (rank, in, ...) and (out, rank, 1, ...){hint}"
+        )
+    rank, columns = a.shape[0], b.shape[1]
+    if kernels and 0 < columns < rank and rank % columns == 0:
+        raise PlanError(
+            f"{path}: {module}: a LoRA on a convolution of {rank // columns} groups has no merged form in PEFT either;"
+            " train without that module, or keep the adapter apart"
+        )
+    if rank == 0 or columns != rank:
+        raise CheckpointError(f"{path}: {module}: A {a.shape} and B {b.shape} do not share a rank")
+    return rank
 
 
 def checked_scale(config: Mapping[str, Any], name: str, rank: int, path: Path) -> float:

@@ -4,7 +4,7 @@ Reads config.json, and model.safetensors or the index and its shards (only the h
 read as plain numbers is refused here, before anything is written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+# Tensors by name, and the files that were read.
+Found = tuple[dict[str, Source], list[Path]]
 
 _QUANTIZED = {
     "gptq": "GPTQ",
@@ -101,7 +104,7 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Source], list[Path]]:
+def read_weights(folder: Path) -> Found:
     """Find every tensor of a folder in safetensors files, else in pytorch_model.bin files.
 
     Returns:
@@ -113,16 +116,17 @@ def read_weights(folder: Path) -> tuple[dict[str, Source], list[Path]]:
     """
     single, index = folder / SINGLE, folder / INDEX
     if index.exists():
-        shards = read_index(index)
-        if single.exists() and set(shards.values()) != {SINGLE}:
+        if single.exists() and set(read_index(index).values()) != {SINGLE}:
             raise CheckpointError(
                 f"{folder}: holds both {SINGLE} and {INDEX}, two different saves; remove the one that is stale"
             )
-        return _read_shards(folder, shards, index)
+        return _read_shards(folder, index, read_safetensors)
     if single.exists():
         return read_safetensors(single), [single]
-    if (folder / PICKLE_INDEX).exists() or (folder / PICKLE_SINGLE).exists():
-        return _read_pickles(folder)
+    if (folder / PICKLE_INDEX).exists():
+        return _read_shards(folder, folder / PICKLE_INDEX, _read_pickle)
+    if (folder / PICKLE_SINGLE).exists():
+        return dict(_read_pickle(folder / PICKLE_SINGLE)), [folder / PICKLE_SINGLE]
     raise FileError(f"{folder}: no weights there; looked for {SINGLE}, {INDEX}, {PICKLE_SINGLE} and {PICKLE_INDEX}")
 
 
@@ -153,15 +157,16 @@ def read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(folder: Path, weight_map: Mapping[str, str], index: Path) -> tuple[dict[str, Source], list[Path]]:
-    """Read the header of each shard and hold it against the index."""
+def _read_shards(folder: Path, index: Path, read: Callable[[Path], Mapping[str, Source]]) -> Found:
+    """Read each shard with `read` and hold what is in it against the index."""
+    weight_map = read_index(index)
     tensors: dict[str, Source] = {}
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (folder / file).exists()]
     if missing:
         raise FileError(f"{folder}: {len(missing)} of {len(files)} shards of {index.name} are missing: {_few(missing)}")
     for file in files:
-        for name, source in read_safetensors(folder / file).items():
+        for name, source in read(folder / file).items():
             if name in tensors:
                 raise CheckpointError(f"{folder}: the tensor {name!r} is in two shards, the second is {file}")
             if weight_map.get(name) != file:
@@ -174,28 +179,11 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str], index: Path) -> tu
     return tensors, [index, *(folder / file for file in files)]
 
 
-def _read_pickles(folder: Path) -> tuple[dict[str, Source], list[Path]]:
-    """Read pytorch_model.bin files; no code in them is run (see pth_reader)."""
+def _read_pickle(path: Path) -> Mapping[str, Source]:
+    """List the tensors of a pytorch_model.bin; no code in it is run (see pth_reader)."""
     from fastft.convert.pth_reader import read_state_dict
 
-    index = folder / PICKLE_INDEX
-    if not index.exists():
-        single = folder / PICKLE_SINGLE
-        return dict(read_state_dict(single).tensors), [single]
-    weight_map = read_index(index)
-    tensors: dict[str, Source] = {}
-    files = sorted(set(weight_map.values()))
-    for file in files:
-        if not (folder / file).exists():
-            raise FileError(f"{folder}: the shard {file} of {index.name} is missing")
-        for name, source in read_state_dict(folder / file).tensors.items():
-            if name in tensors or weight_map.get(name) != file:
-                raise CheckpointError(f"{folder}: the tensor {name!r} in {file} is not where {index.name} says")
-            tensors[name] = source
-    absent = [name for name in weight_map if name not in tensors]
-    if absent:
-        raise CheckpointError(f"{folder}: {len(absent)} tensors of {index.name} are in no shard: {_few(absent)}")
-    return tensors, [index, *(folder / file for file in files)]
+    return read_state_dict(path).tensors
 
 
 def _few(names: list[str]) -> str:

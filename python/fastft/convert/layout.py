@@ -84,14 +84,16 @@ class Layout:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def internlm2_as_llama(folder: Path) -> Path:
-    """Give a folder with the same model in Llama's layout; made on first use, then taken from the cache.
+def without_remote_code(folder: Path) -> Path:
+    """Give a folder with the same model that transformers reads by itself; made on first use, then from the cache.
+
+    InternLM and InternLM2 come out in Llama's layout, InternLM3 with its own class and a tokenizer written anew.
 
     The cache is `fastft/layouts` under XDG_CACHE_HOME, else under ~/.cache. A laid-out folder belongs to the
     original's path, sizes and times: when the original changes, a new one is made.
 
     Args:
-        folder: an InternLM or InternLM2 model folder; without weights only config and tokenizer are laid out.
+        folder: an InternLM, InternLM2 or InternLM3 model folder; without weights only config and tokenizer are laid out.
 
     Returns:
         The laid-out folder, complete.

@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -371,10 +372,17 @@ def _output_tensor(name: str, source: Source, joined: Joined, dtype: str | None)
 
 
 def _as_rows(source: Source, deltas: Sequence[Delta]) -> Source:
-    """See the experts of a (experts, rows, columns) weight as rows one after the other; a convolution stays."""
-    if len(source.shape) == 3 and all(len(delta.a.shape) == 2 for delta in deltas):
-        return replace(source, shape=(source.shape[0] * source.shape[1], source.shape[2]))
-    return source
+    """See a weight of more than two dimensions as the matrix that its updates are products for.
+
+    The experts of a (experts, rows, columns) weight stand one after the other (their updates name rows); the kernels of
+    a convolution are one row each.
+    """
+    if len(source.shape) < 3:
+        return source
+    if any(delta.rows is not None for delta in deltas):
+        num_experts, num_rows, num_columns = source.shape
+        return replace(source, shape=(num_experts * num_rows, num_columns))
+    return replace(source, shape=(source.shape[0], prod(source.shape[1:])))
 
 
 def _with_rows(source: Source, new: TokenRows) -> Rows:

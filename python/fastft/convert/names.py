@@ -7,9 +7,10 @@ must find its tensor and fit its shape, else all that failed is listed.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fastft.convert import clip, internlm2
@@ -96,6 +97,12 @@ class BaseNames:
         if not lost:
             return self._equal
         base = self._base
+        attention = [path for path in adapter.low_rank if f"{path}.in_proj_weight" in self.shapes]
+        if attention:
+            raise PlanError(
+                f"{adapter.folder}: {attention[0]} is an nn.MultiheadAttention, where PEFT adds the update of out_proj"
+                " twice, in the training and in its own merge; save the merged model from the training"
+            )
         if base.config.get("auto_map") and self.options.class_name is None:
             why = "the base runs its own code (auto_map), so its names are only known from its files; --key-map renames"
             raise PlanError(_lost_text(adapter, base, lost, list(self.shapes), why))
@@ -233,8 +240,6 @@ def _same_tensor(name: str, shapes: Mapping[str, tuple[int, ...]], config: Mappi
         return name
     if config.get("model_type") == clip.VISION_TYPE:
         return f"{clip.PREFIX}{name}" if f"{clip.PREFIX}{name}" in shapes else None
-    if config.get("model_type") == clip.VISION_TYPE:
-        return f"{clip.PREFIX}{name}" if f"{clip.PREFIX}{name}" in shapes else None
     path, _, kind = name.rpartition(".")
     rename = internlm2.internlm2_name if internlm2.is_internlm2(config) else internlm2.llama_name
     own = rename(path)
@@ -243,6 +248,8 @@ def _same_tensor(name: str, shapes: Mapping[str, tuple[int, ...]], config: Mappi
 
 def _delta(adapter: Adapter, low_rank: LowRank, target: Target, shape: tuple[int, ...], weight: float) -> Delta:
     """Make the update of one tensor, its shape checked."""
+    if len(low_rank.a.shape) > 2:
+        return _conv_delta(adapter, low_rank, target, shape, weight)
     num_out, num_in = low_rank.b.shape[0], low_rank.a.shape[1]
     stated = adapter.fan_in_fan_out if target.transposed is None else target.transposed
     transposed = low_rank.embedding or stated
@@ -255,8 +262,7 @@ def _delta(adapter: Adapter, low_rank: LowRank, target: Target, shape: tuple[int
             f"{adapter.folder}: {low_rank.path}: the update is {_by(given)}, but {target.name!r} of the base is"
             f" {_by(expected)}; the adapter was trained on another model"
         )
-    if low_rank.magnitude is not None and weight != 1.0:
-        raise PlanError(f"{adapter.folder}: a weight of {weight:g} has no meaning for DoRA; use weight 1")
+    _check_dora_weight(adapter, low_rank, weight)
     if low_rank.magnitude is not None and (len(shape) != len(low_rank.a.shape) or (transposed and target.rows)):
         raise PlanError(
             f"{adapter.folder}: {low_rank.path}: DoRA on a part of {target.name!r} is not built; merge it with PEFT's"
@@ -273,6 +279,28 @@ def _delta(adapter: Adapter, low_rank: LowRank, target: Target, shape: tuple[int
         magnitude=low_rank.magnitude,
         b_columns=low_rank.b_columns,
     )
+
+
+def _conv_delta(adapter: Adapter, low_rank: LowRank, target: Target, shape: tuple[int, ...], weight: float) -> Delta:
+    """Make the update of a convolution: the product of its kernels, seen as matrices (spec/formats.md 2.3)."""
+    (rank, *window), num_out = low_rank.a.shape, low_rank.b.shape[0]
+    if (num_out, *window) != shape or target.rows is not None or target.transposed:
+        raise CheckpointError(
+            f"{adapter.folder}: {low_rank.path}: the update is {_by((num_out, *window))}, but {target.name!r} of the"
+            f" base is {_by(shape)}; the adapter was trained on another model"
+        )
+    _check_dora_weight(adapter, low_rank, weight)
+    return Delta(
+        replace(low_rank.a, shape=(rank, prod(window))),
+        replace(low_rank.b, shape=(num_out, rank)),
+        low_rank.scale * weight,
+        magnitude=low_rank.magnitude,
+    )
+
+
+def _check_dora_weight(adapter: Adapter, low_rank: LowRank, weight: float) -> None:
+    if low_rank.magnitude is not None and weight != 1.0:
+        raise PlanError(f"{adapter.folder}: a weight of {weight:g} has no meaning for DoRA; use weight 1")
 
 
 def _addend(

@@ -5,10 +5,11 @@ in place (all rows of small models, some rows of each tensor of large ones). The
 the native stream.
 """
 
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +22,7 @@ from fastft.convert.four_bit import FourBit
 from fastft.convert.matching import NameOptions
 from fastft.convert.merge import planned_tensors, read_base
 from fastft.convert.numbers import bits_of, rounded, ulp_distance, values_of
-from fastft.convert.plan import Cast, Copy, Merge, OutputTensor
+from fastft.convert.plan import Cast, Copy, Dora, Merge, OutputTensor
 from fastft.convert.source import FLOATS, Source, read_bytes
 from fastft.errors import CheckpointError
 
@@ -104,6 +105,20 @@ class VerifyReport:
         lines.append("right: it is base + adapter" if self.good else "WRONG: it is not base + adapter")
         return "\n".join(lines)
 
+    def as_json(self) -> str:
+        """Say it for other programs: the verdict, the number of tensors by status, and each that is not equal."""
+        return json.dumps(
+            {
+                "merged": str(self.merged),
+                "good": self.good,
+                "num_tensors": len(self.checks),
+                "num_targeted": sum(check.targeted for check in self.checks),
+                "by_status": {status: sum(check.status == status for check in self.checks) for status in _MEANING},
+                "not_equal": [asdict(check) for check in self.checks if check.status != "equal"],
+            },
+            indent=2,
+        )
+
 
 def verify(
     merged: Path,
@@ -167,8 +182,8 @@ def _check_tensor(tensor: OutputTensor, written: Source | None, num_rows: int | 
         return TensorCheck(tensor.name, "missing", targeted)
     if written.shape != tensor.shape:
         return TensorCheck(tensor.name, "shape", targeted)
-    if isinstance(tensor.operation, Merge):
-        # Experts are rows there.
+    if isinstance(tensor.operation, Merge | Dora):
+        # Experts are rows there, and so are the kernels of a convolution.
         written = replace(written, shape=tensor.operation.source.shape)
     if tensor.dtype not in FLOATS or written.dtype not in FLOATS:
         same = tensor.dtype == written.dtype and _same_bytes(tensor, written)
@@ -263,8 +278,3 @@ def _same_bytes(tensor: OutputTensor, written: Source) -> bool:
         == read_bytes(written, start, min(step, source.nbytes - start))
         for start in range(0, source.nbytes, step)
     )
-
-
-def summary(report: VerifyReport) -> Mapping[str, int]:
-    """Count the tensors by status, for `--json`."""
-    return {status: sum(check.status == status for check in report.checks) for status in _MEANING}

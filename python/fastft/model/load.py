@@ -74,7 +74,7 @@ def locate(model: schema.Model) -> Base:
         return Base(name, folder, folder, config_json, None)
     from fastft.convert import layout
 
-    laid_out = layout.internlm2_as_llama(folder)
+    laid_out = layout.without_remote_code(folder)
     if needs_tokenizer:
         console.note(f"model: {kind}'s tokenizer.model is read natively (no remote code)")
         return Base(name, folder, laid_out, read_config(laid_out), None)
