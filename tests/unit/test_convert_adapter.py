@@ -68,7 +68,7 @@ def refused(folder: Path, kind: type[FastftError], *words: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "word"),
     [
-        ({"peft_type": "IA3"}, PlanError, "IA3"),
+        ({"peft_type": "IA4"}, PlanError, "IA4"),
         ({"peft_type": None}, PlanError, "peft_type"),
         ({"r": 0}, CheckpointError, "r must be"),
         ({"r": -4}, CheckpointError, "r must be"),

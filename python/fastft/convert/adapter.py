@@ -1,7 +1,8 @@
 """A PEFT adapter folder, read strictly: every setting understood, every tensor used exactly once, or refused.
 
 Reads adapter_config.json and the header of adapter_model.safetensors (spec/formats.md section 1). What it gives is
-joined with the tensors of a base by `names`.
+joined with the tensors of a base by `names`. LoRA is understood here; the tensors of other kinds are passed on for
+PEFT's own classes (`peft_modules`), which check them.
 """
 
 import math
@@ -12,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from fastft.convert import peft_kinds
 from fastft.convert.folder import existing_folder, read_safetensors
 from fastft.convert.json_file import read_object
 from fastft.convert.source import FLOATS, Fingerprint, Source, fingerprint
@@ -49,6 +51,8 @@ _REFUSED = {
     "use_bdlora": f"block-diagonal LoRA is not built; {_PEFT_FALLBACK}",
     "use_qalora": "QA-LoRA belongs to GPTQ weights; merge it there",
 }
+# Dtypes of the places that SHiRA, VB-LoRA and their like keep beside their values.
+_INDICES = ("I64", "I32", "I16", "U8")
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.", "module.")
 _PREFIX = "base_model.model."
@@ -57,6 +61,8 @@ _LOW_RANK_PLAIN = re.compile(
     r"(?P<path>.+)\.(?P<what>lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
 )
 _TOKENS = re.compile(r"(?P<path>.+)\.token_adapter(?:\.[^.]+)?\.trainable_tokens_delta(?:\.[^.]+)?")
+_NORM = re.compile(r"(?P<path>.+)\.ln_tuning_layers\.(?P<what>weight|bias)")
+_TOKENS_ALONE = re.compile(r"(?P<path>.+)\.trainable_tokens_delta")
 _SAVED = re.compile(r"(?P<path>.+?)\.modules_to_save\.[^.]+\.(?P<rest>.+)")
 
 
@@ -117,6 +123,8 @@ class Adapter:
         token_rows: module path to new rows of its embedding.
         training: fastft_training.json, where it is there.
         fingerprints: the files that were read.
+        peft_tensors: tensors of a kind that only PEFT's classes understand, by their names without wrappers.
+        renamings: (expression, replacement) done one after the other on the module paths in `peft_tensors`.
     """
 
     folder: Path
@@ -127,6 +135,18 @@ class Adapter:
     training: Mapping[str, Any] | None
     fingerprints: tuple[Fingerprint, ...] = field(repr=False)
     parameters: Mapping[str, ParameterPair] = field(default_factory=dict)
+    peft_tensors: Mapping[str, Source] = field(default_factory=dict)
+    renamings: tuple[tuple[re.Pattern[str], str], ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name of the kind of adapter, `LORA` for most."""
+        return str(self.config["peft_type"])
+
+    @property
+    def token_indices(self) -> object:
+        """Which rows of an embedding the new rows stand for, as the settings say it."""
+        return self.config.get("token_indices" if self.kind == "TRAINABLE_TOKENS" else "trainable_token_indices")
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -186,8 +206,13 @@ def understood(
         CheckpointError: a tensor is not understood, or A and B do not belong together.
         PlanError: a kind that has no right merge here.
     """
-    low_rank, replaced, token_rows, parameters = _sort_tensors(tensors, config, path)
+    if not tensors:
+        raise CheckpointError(f"{path}: no tensors in it; the adapter is empty")
     fingerprints = tuple(fingerprint(file) for file in files)
+    if config["peft_type"] != "LORA":
+        replaced, token_rows, rest = _sort_other_tensors(tensors, str(config["peft_type"]), path)
+        return Adapter(path.parent, config, {}, replaced, token_rows, training, fingerprints, peft_tensors=rest)
+    low_rank, replaced, token_rows, parameters = _sort_tensors(tensors, config, path)
     return Adapter(path.parent, config, low_rank, replaced, token_rows, training, fingerprints, parameters)
 
 
@@ -200,16 +225,12 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     """
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise PlanError(f"{path}: peft_type {kind!r}: only LORA adapters can be merged; {_PEFT_FALLBACK}")
+        _check_other_kind(config, kind, path)
+        return
     for key, value in config.items():
         if key in _REFUSED and value not in (None, False, {}, [], ""):
             raise PlanError(f"{path}: {key} is set: {_REFUSED[key]}")
-        if key not in _IGNORED | _READ | set(_REFUSED) and value not in (None, False, {}, [], ""):
-            known = get_close_matches(key, sorted(_READ | _IGNORED), n=1)
-            hint = f"; did you mean {known[0]}?" if known else ""
-            raise CheckpointError(
-                f"{path}: the setting {key!r} = {value!r} is not known here and may change the result{hint}"
-            )
+    _refuse_unknown(config, _READ | _IGNORED | _REFUSED.keys(), path)
     _positive_number(config.get("r"), "r", path, whole=True)
     _positive_number(config.get("lora_alpha"), "lora_alpha", path)
     for pattern in ("rank_pattern", "alpha_pattern"):
@@ -234,6 +255,40 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
             " the trained model; save the adapter again in the training with PEFT's save_pretrained("
             "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
         )
+
+
+def _check_other_kind(config: Mapping[str, Any], kind: object, path: Path) -> None:
+    """Refuse kinds that have no merged form; the settings of the others are PEFT's to check (`peft_layers`)."""
+    if not isinstance(kind, str) or kind not in {*peft_kinds.KINDS, *peft_kinds.REPLACING}:
+        why = peft_kinds.REFUSED.get(kind) if isinstance(kind, str) else None
+        if why is not None:
+            raise PlanError(f"{path}: an adapter of peft_type {kind} {why}")
+        known = ", ".join(sorted({"LORA", *peft_kinds.KINDS, *peft_kinds.REPLACING}))
+        raise PlanError(f"{path}: peft_type {kind!r} is not known here; {_PEFT_FALLBACK}. Known are {known}")
+    if kind in peft_kinds.REPLACING:
+        _refuse_unknown(config, peft_kinds.WHERE | {"init_weights", "token_indices"}, path)
+    elif peft_kinds.KINDS[kind].needs_projection and config.get("save_projection") is not True:
+        raise PlanError(
+            f"{path}: {kind} with save_projection: {config.get('save_projection')}: its projection is drawn from torch's"
+            " random numbers anew; save the adapter from the training with save_projection=True"
+        )
+    if config.get("sample_at_inference"):
+        raise PlanError(f"{path}: sample_at_inference is set: the layers draw from a distribution; there is no merge")
+
+
+def _refuse_unknown(config: Mapping[str, Any], known: frozenset[str], path: Path) -> None:
+    """Refuse settings that are not known, where they say something.
+
+    Raises:
+        CheckpointError: naming the setting, and the nearest known one.
+    """
+    for key, value in config.items():
+        if key not in known and value not in (None, False, {}, [], ""):
+            near = get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise CheckpointError(
+                f"{path}: the setting {key!r} = {value!r} is not known here and may change the result{hint}"
+            )
 
 
 def _positive_number(value: object, name: str, path: Path, *, whole: bool = False) -> None:
@@ -281,8 +336,6 @@ def _sort_tensors(
     tensors: Mapping[str, Source], config: Mapping[str, Any], path: Path
 ) -> tuple[dict[str, LowRank], dict[str, Source], dict[str, Source], dict[str, ParameterPair]]:
     """Give each tensor of the file its meaning; pair A with B."""
-    if not tensors:
-        raise CheckpointError(f"{path}: no tensors in it; the adapter is empty")
     sides: dict[str, dict[str, Source]] = {}
     replaced: dict[str, Source] = {}
     token_rows: dict[str, Source] = {}
@@ -310,6 +363,31 @@ def _sort_tensors(
         module: _pair(module, found, config, path) for module, found in sides.items() if module not in parameters
     }
     return low_rank, replaced, token_rows, parameters
+
+
+def _sort_other_tensors(
+    tensors: Mapping[str, Source], kind: str, path: Path
+) -> tuple[dict[str, Source], dict[str, Source], dict[str, Source]]:
+    """Split the tensors of a kind beside LoRA: those that replace the base's, new rows, and the rest for PEFT."""
+    replaced: dict[str, Source] = {}
+    token_rows: dict[str, Source] = {}
+    rest: dict[str, Source] = {}
+    for key, source in tensors.items():
+        name = canonical_key(key).removesuffix(".default").replace(".default.", ".")
+        if source.dtype not in (*FLOATS, *_INDICES):
+            raise CheckpointError(f"{path}: {key!r} is {source.dtype}; adapters are {', '.join((*FLOATS, *_INDICES))}")
+        if "original_module." in name:
+            continue
+        if (match := _SAVED.fullmatch(name)) is not None:
+            _put(replaced, f"{match['path']}.{match['rest']}", source, key, path)
+        elif kind == "LN_TUNING":
+            match = _NORM.fullmatch(name)
+            _put(replaced, name if match is None else f"{match['path']}.{match['what']}", source, key, path)
+        elif kind == "TRAINABLE_TOKENS" and (match := _TOKENS_ALONE.fullmatch(name)) is not None:
+            _put(token_rows, match["path"], source, key, path)
+        else:
+            _put(replaced if kind == "TRAINABLE_TOKENS" else rest, name, source, key, path)
+    return replaced, token_rows, rest
 
 
 def _has_targeted_parameter(module: str, config: Mapping[str, Any], path: Path) -> bool:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 
 from fastft.convert.four_bit import FourBit, scales_of, seen_in_training
 from fastft.convert.numbers import as_float32, rounded, values_of
-from fastft.convert.plan import Cast, Copy, Delta, Dora, FourBitMerge, Merge, Operation, Part, Rows, Shift
+from fastft.convert.plan import (
+    Cast,
+    Copy,
+    Delta,
+    Dora,
+    FourBitMerge,
+    Merge,
+    Operation,
+    Part,
+    PeftLayer,
+    Rows,
+    Shift,
+)
 from fastft.convert.source import Source, read_bytes
 
 if TYPE_CHECKING:
@@ -45,6 +57,8 @@ class Arithmetic:
                 return self._dora(self._operation, start, count)
             case Shift():
                 return self._shifted(self._operation, start, count)
+            case PeftLayer():
+                raise AssertionError("peft_layers.PeftNumbers gives these rows")
             case FourBitMerge(source, deltas, four_bit):
                 base = self._seen(source, four_bit, start, count)
                 return base + self._sum_of(deltas, start, base.shape)

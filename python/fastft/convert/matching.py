@@ -100,7 +100,8 @@ def with_key_map(adapter: Adapter, key_map: Sequence[tuple[re.Pattern[str], str]
     """
     if not key_map:
         return adapter
-    names = [*adapter.low_rank, *adapter.replaced, *adapter.token_rows, *adapter.parameters]
+    modules = {name.rpartition(".")[0] for name in adapter.peft_tensors}
+    names = [*adapter.low_rank, *adapter.replaced, *adapter.token_rows, *adapter.parameters, *sorted(modules)]
     renamed = {name: name for name in names}
     for pattern, replacement in key_map:
         found = {name: pattern.sub(replacement, new) for name, new in renamed.items() if pattern.search(new)}
@@ -117,4 +118,6 @@ def with_key_map(adapter: Adapter, key_map: Sequence[tuple[re.Pattern[str], str]
         replaced={renamed[name]: source for name, source in adapter.replaced.items()},
         token_rows={renamed[path]: source for path, source in adapter.token_rows.items()},
         parameters={renamed[path]: pair for path, pair in adapter.parameters.items()},
+        # PEFT itself matches its patterns with the names of the file, which stay.
+        renamings=tuple(key_map),
     )

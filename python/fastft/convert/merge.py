@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft import console, publish
+from fastft.convert import peft_layers
 from fastft.convert.adapter import Adapter, read_adapter
 from fastft.convert.folder import Checkpoint, read_checkpoint
 from fastft.convert.four_bit import FourBit
@@ -28,6 +29,7 @@ from fastft.convert.plan import (
     Merge,
     OutputTensor,
     Part,
+    PeftLayer,
     Rows,
     Shard,
     Shift,
@@ -121,6 +123,7 @@ def plan(
     max_shard_size_bytes: int = DEFAULT_MAX_SHARD_SIZE_BYTES,
     names: NameOptions | None = None,
     four_bit: FourBit | None = None,
+    match_peft: bool = False,
 ) -> MergePlan:
     """Plan a merge; reads config files and headers, writes nothing.
 
@@ -132,6 +135,7 @@ def plan(
         max_shard_size_bytes: greedy limit of a file of the result.
         names: how names are found where they are not equal, and what of the base is meant.
         four_bit: merge onto the linear layers as a QLoRA training saw them, quantized like this and back.
+        match_peft: round where PEFT's merge rounds, more than once in some layers.
 
     Raises:
         FileError, CheckpointError, PlanError: what is missing, broken, or cannot be merged right.
@@ -141,11 +145,12 @@ def plan(
     base = read_base(llm, names)
     tied = find_tied(base.config, base.tensors)
     read = tuple((read_adapter(folder), weight) for folder, weight in adapters)
-    joined = _joined(base, tied, read, names)
+    joined = _joined(base, tied, read, names, match_peft=match_peft)
     tensors, untied = _output_tensors(base, joined, tied, output_dtype(dtype), read)
     if four_bit is not None:
         tensors = _onto_four_bit(tensors, base, four_bit, read)
-    notes = [*_training_notes(read, four_bit)]
+    peft_layers.check(tensors)
+    notes = [*_training_notes(read, four_bit), *_peft_notes(read, match_peft=match_peft)]
     if untied:
         notes.append(
             f"the head and the embedding shared one tensor and differ now: both are written"
@@ -157,7 +162,7 @@ def plan(
         base,
         read,
         into_shards(sorted(tensors, key=lambda tensor: natural_order(tensor.name)), max_shard_size_bytes),
-        frozenset([*joined.deltas, *joined.replaced, *joined.token_rows, *joined.shifts]),
+        frozenset(joined.changed),
         edits,
         side_files(base.folder, [adapter.folder for adapter, _ in read], vision_only=is_clip),
         tuple(notes),
@@ -179,14 +184,16 @@ def execute(plan: MergePlan, save_path: Path, *, force: bool = False) -> MergeRe
     from fastft.convert.verify import check_sample
 
     started = time.monotonic()
-    check_target(save_path, plan.sources, plan.num_bytes, force=force)
+    check_target(save_path, plan.sources, plan.num_bytes + peft_layers.scratch_bytes(plan.tensors), force=force)
     for note in plan.notes:
         console.note(note)
     with publish.staged(save_path, force=force) as stage:
-        write_shards(plan.shards, stage, "merging")
+        shards = peft_layers.materialized(plan.shards, stage)
+        write_shards(shards, stage, "merging")
         copy_side_files(dict(plan.side_files), stage)
         (stage / "config.json").write_bytes(edited_text(plan.base.folder / "config.json", plan.base.config, plan.edits))
-        num_checked = check_sample(plan.tensors, stage)
+        num_checked = check_sample([tensor for shard in shards for tensor in shard.tensors], stage)
+        peft_layers.remove_scratch(stage)
         check_unchanged(plan.base.fingerprints)
         for adapter, _ in plan.adapters:
             check_unchanged(adapter.fingerprints)
@@ -221,10 +228,12 @@ def planned_tensors(
     dtype: str | None,
     names: NameOptions | None = None,
     four_bit: FourBit | None = None,
+    *,
+    match_peft: bool = False,
 ) -> list[OutputTensor]:
     """Plan the tensors only, in the order of the base's files; for `verify`."""
     tied = find_tied(base.config, base.tensors)
-    joined = _joined(base, tied, adapters, names)
+    joined = _joined(base, tied, adapters, names, match_peft=match_peft)
     tensors = _output_tensors(base, joined, tied, dtype, adapters)[0]
     return tensors if four_bit is None else _onto_four_bit(tensors, base, four_bit, adapters)
 
@@ -262,7 +271,7 @@ def _onto_four_bit(
         )
         if not held_in_4_bit:
             changed.append(tensor)
-        elif isinstance(operation, Dora):
+        elif isinstance(operation, Dora | PeftLayer):
             raise PlanError(f"{tensor.name!r}: DoRA onto a 4-bit base is not built; merge onto the 16-bit base")
         elif isinstance(operation, Copy | Cast) and operation.source != base.tensors[tensor.name]:
             changed.append(tensor)  # replaced whole by the adapter
@@ -288,10 +297,14 @@ def _joined(
     tied: Tied | None,
     adapters: Sequence[tuple[Adapter, float]],
     options: NameOptions | None,
+    *,
+    match_peft: bool,
 ) -> Joined:
     """Join every adapter with the base."""
     names = BaseNames(base, tied, options)
-    return _summed([(adapter, join(adapter, base, tied, weight, names)) for adapter, weight in adapters])
+    return _summed(
+        [(adapter, join(adapter, base, tied, weight, names, match_peft=match_peft)) for adapter, weight in adapters]
+    )
 
 
 def _summed(parts: Sequence[tuple[Adapter, Joined]]) -> Joined:
@@ -305,14 +318,20 @@ def _summed(parts: Sequence[tuple[Adapter, Joined]]) -> Joined:
             known.extend(deltas)
         for name, addends in part.shifts.items():
             total.shifts.setdefault(name, []).extend(addends)
-        for name in [*part.replaced, *part.token_rows]:
-            if name in total.replaced or name in total.token_rows:
+        for name in [*part.replaced, *part.token_rows, *part.layers]:
+            if name in total.replaced or name in total.token_rows or name in total.layers:
                 raise PlanError(f"{adapter.folder}: replaces {name!r}, which another adapter replaces too; merge one")
         total.replaced.update(part.replaced)
         total.token_rows.update(part.token_rows)
+        total.layers.update(part.layers)
     for name in total.token_rows:
         if name in total.deltas or name in total.replaced:
             raise PlanError(f"{name!r}: gets new token rows and another update at once; that is not built")
+    for name, layer in total.layers.items():
+        if any(name in others for others in (total.deltas, total.shifts, total.replaced, total.token_rows)):
+            raise PlanError(
+                f"{name!r}: gets a {layer.module.kind} and another update at once; merge one after the other"
+            )
     return total
 
 
@@ -331,7 +350,7 @@ def _output_tensors(
     ]
     if tied is None:
         return tensors, False
-    touched = {*joined.deltas, *joined.replaced} & {tied.embedding, tied.head}
+    touched = {*joined.deltas, *joined.replaced, *joined.layers} & {tied.embedding, tied.head}
     if not touched or _same_update(joined, tied, adapters):
         rest = base.tensors.get(tied.head)
         if rest is None or touched:
@@ -364,6 +383,8 @@ def _output_tensor(name: str, source: Source, joined: Joined, dtype: str | None)
         dora = any(delta.magnitude is not None for delta in deltas)
         operation = (Dora if dora else Merge)(_as_rows(source_or_new, deltas), tuple(deltas))
         return OutputTensor(name, kept_dtype, source_or_new.shape, operation)
+    if name in joined.layers:
+        return OutputTensor(name, kept_dtype, joined.layers[name].source.shape, joined.layers[name])
     if name in joined.shifts:
         return OutputTensor(name, kept_dtype, source_or_new.shape, Shift(source_or_new, tuple(joined.shifts[name])))
     if rows is not None:
@@ -402,6 +423,8 @@ def _with_rows(source: Source, new: TokenRows) -> Rows:
 def _same_update(joined: Joined, tied: Tied, adapters: Sequence[tuple[Adapter, float]]) -> bool:
     """Tell whether embedding and head stay equal: both replaced by the same bytes, or tied in the training."""
     names = (tied.embedding, tied.head)
+    if any(name in joined.layers for name in names):
+        return False
     if any((name in joined.replaced) != (tied.embedding in joined.replaced) for name in names):
         return False
     if tied.embedding in joined.replaced and _differ(joined.replaced[tied.embedding], joined.replaced[tied.head]):
@@ -445,9 +468,10 @@ def _differ(one: Source, other: Source) -> bool:
 
 def _vocab_size(base: Checkpoint, joined: Joined) -> int | None:
     """Give the new number of rows where an adapter brings a resized embedding."""
+    brought = {**joined.replaced, **{name: layer.source for name, layer in joined.layers.items()}}
     sizes = {
         source.shape[0]
-        for name, source in joined.replaced.items()
+        for name, source in brought.items()
         if len(source.shape) == 2 and name in base.tensors and source.shape[0] != base.tensors[name].shape[0]
     }
     if len(sizes) > 1:
@@ -470,6 +494,22 @@ def _training_notes(adapters: Sequence[tuple[Adapter, float]], four_bit: FourBit
         notes.append(
             f"the linear layers start from what {four_bit.type}{double} made of them, as the training saw them"
         )
+    return notes
+
+
+def _peft_notes(adapters: Sequence[tuple[Adapter, float]], *, match_peft: bool) -> list[str]:
+    """Say which adapters PEFT's own classes merge, and which PEFT."""
+    from importlib.metadata import version
+
+    notes = []
+    for adapter, _ in adapters:
+        if adapter.peft_tensors:
+            saved_by = adapter.config.get("peft_version")
+            notes.append(
+                f"{adapter.folder.name} is a {adapter.kind}: PEFT {version('peft')} merges it, one module at a time,"
+                f" {'rounding as PEFT does' if match_peft else 'in f32 with one rounding'}"
+                + (f" (it was saved by PEFT {saved_by})" if saved_by else "")
+            )
     return notes
 
 

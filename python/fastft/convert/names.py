@@ -6,18 +6,18 @@ must find its tensor and fit its shape, else all that failed is listed.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from fastft.convert import clip, internlm2
+from fastft.convert import clip, internlm2, peft_modules
 from fastft.convert.adapter import Adapter, LowRank
 from fastft.convert.folder import Checkpoint
 from fastft.convert.matching import NameOptions, Names, Target, with_key_map
-from fastft.convert.plan import Addend, Delta
+from fastft.convert.plan import Addend, Delta, PeftLayer
 from fastft.convert.source import Source, rows_of
 from fastft.convert.tied import Tied, is_embedding
 from fastft.errors import CheckpointError, PlanError
@@ -45,6 +45,11 @@ class Joined:
     shifts: dict[str, list[Addend]] = field(default_factory=dict)
     replaced: dict[str, Source] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    layers: dict[str, PeftLayer] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> set[str]:
+        return {*self.deltas, *self.shifts, *self.replaced, *self.token_rows, *self.layers}
 
 
 class EqualNames:
@@ -87,6 +92,16 @@ class BaseNames:
 
         return ModelNames(self.shapes, build_model(self._base.config, self.options.class_name))
 
+    def layer_of(self, path: str) -> tuple[str, int] | None:
+        """Give class and groups of a module, where the class of the model is known without its own code."""
+        if self._base.config.get("auto_map") and self.options.class_name is None:
+            return None
+        try:
+            return self._by_model.layer_of(path)
+        except PlanError:
+            # transformers does not have the class: its names were found in the files alone.
+            return None
+
     def knowing(self, adapter: Adapter) -> Names:
         """Choose the level.
 
@@ -118,7 +133,13 @@ class BaseNames:
 
 
 def join(
-    adapter: Adapter, base: Checkpoint, tied: Tied | None, weight: float = 1.0, names: BaseNames | None = None
+    adapter: Adapter,
+    base: Checkpoint,
+    tied: Tied | None,
+    weight: float = 1.0,
+    names: BaseNames | None = None,
+    *,
+    match_peft: bool = False,
 ) -> Joined:
     """Find the tensor of the base for everything in the adapter.
 
@@ -128,6 +149,7 @@ def join(
         tied: the tied pair of the base; its head can be a target though no file holds it.
         weight: multiplies the adapter's updates (several adapters at once).
         names: of the base, where they are kept for several adapters.
+        match_peft: round as PEFT does.
 
     Raises:
         PlanError: something finds no tensor; the message lists what.
@@ -154,11 +176,23 @@ def join(
     for path, source in adapter.token_rows.items():
         target = _found(known, f"{path}.weight")
         joined.token_rows[target] = _token_rows(adapter, path, source, shapes[target])
-    _check_complete(adapter, known, base.config)
-    if weight != 1.0 and (joined.replaced or joined.token_rows):
+    modules: Collection[str] = adapter.low_rank
+    if adapter.peft_tensors:
+        placed = peft_modules.place(adapter, known)
+        modules = placed.modules
+        for target, source in placed.replaced.items():
+            _check_replacement(adapter, target, source, shapes[target], tied)
+            joined.replaced[target] = source
+        sources = dict(base.tensors)
+        if tied is not None:
+            sources.setdefault(tied.head, sources[tied.embedding])
+        joined.layers = peft_modules.layers(adapter, placed, sources, all_names.layer_of, match_peft=match_peft)
+        joined.replaced = {name: source for name, source in joined.replaced.items() if name not in joined.layers}
+    _check_complete(adapter, modules, known, base.config)
+    rigid = [*joined.replaced, *joined.token_rows, *joined.layers]
+    if weight != 1.0 and rigid:
         raise PlanError(
-            f"{adapter.folder}: a weight of {weight:g} has no meaning for the tensors that it replaces whole"
-            f" ({next(iter([*joined.replaced, *joined.token_rows]))}); use weight 1"
+            f"{adapter.folder}: a weight of {weight:g} has no meaning for what is no sum ({rigid[0]}); use weight 1"
         )
     return joined
 
@@ -169,6 +203,7 @@ def _lost(adapter: Adapter, names: Names) -> list[str]:
         *(name for name in adapter.replaced if names.tensor(name) is None),
         *(f"{path}.weight" for path in adapter.low_rank if not names.targets(path)),
         *(f"{path}.weight" for path in adapter.token_rows if names.tensor(f"{path}.weight") is None),
+        *(peft_modules.place(adapter, names).lost if adapter.peft_tensors else ()),
     ]
 
 
@@ -178,7 +213,7 @@ def _found(names: Names, name: str) -> str:
     return target
 
 
-def _check_complete(adapter: Adapter, names: Names, config: Mapping[str, Any]) -> None:
+def _check_complete(adapter: Adapter, modules: Collection[str], names: Names, config: Mapping[str, Any]) -> None:
     """Refuse an adapter that lacks layers which its training must have had.
 
     PEFT puts the modules named in `target_modules` into every layer, unless layers are chosen or excluded; a module
@@ -192,12 +227,12 @@ def _check_complete(adapter: Adapter, names: Names, config: Mapping[str, Any]) -
     num_layers = config.get("num_hidden_layers") or (text.get("num_hidden_layers") if isinstance(text, dict) else None)
     if not isinstance(num_layers, int):
         return
-    patterns = {(match[1], match[3]) for match in map(_NUMBERED.fullmatch, adapter.low_rank) if match is not None}
+    patterns = {(match[1], match[3]) for match in map(_NUMBERED.fullmatch, modules) if match is not None}
     lacking = [
         path
         for prefix, suffix in sorted(patterns)
         for layer in range(num_layers)
-        if (path := f"{prefix}{layer}{suffix}") not in adapter.low_rank and names.targets(path)
+        if (path := f"{prefix}{layer}{suffix}") not in modules and names.targets(path)
     ]
     if lacking:
         raise PlanError(
@@ -342,7 +377,7 @@ def _check_replacement(adapter: Adapter, name: str, source: Source, shape: tuple
 
 def _token_rows(adapter: Adapter, path: str, source: Source, shape: tuple[int, ...]) -> TokenRows:
     """Read which rows of an embedding are replaced."""
-    stated = adapter.config.get("trainable_token_indices")
+    stated = adapter.token_indices
     if isinstance(stated, dict):
         found = [value for key, value in stated.items() if path == key or path.endswith(f".{key}")]
         stated = found[0] if found else None

@@ -126,6 +126,18 @@ class ModelNames:
             )
         return same
 
+    def layer_of(self, path: str) -> tuple[str, int] | None:
+        """Give the class (Linear, Conv1D, Embedding, Conv2d, ...) and the groups of a module; None: not in the model."""
+        key = self._key_of_adapter(f"{path}.weight")
+        if key is None or key.pattern is not None:
+            return None
+        from torch import nn
+
+        module = self._model.get_submodule(key.parameter.rpartition(".")[0])
+        known = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        names = [kind.__name__ for kind in known if isinstance(module, kind)] or [type(module).__name__]
+        return names[0], int(getattr(module, "groups", 1))
+
     def parameter_updates(self, adapter: Adapter) -> Iterator[tuple[LowRank, Target]]:
         """Give the updates of bare parameters (experts, routers), one per expert and tensor of the files.
 

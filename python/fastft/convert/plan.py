@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastft import _native
 from fastft.convert.folder import INDEX, SINGLE
@@ -119,7 +119,52 @@ class FourBitMerge:
     four_bit: FourBit
 
 
-Operation = Copy | Cast | Rows | Merge | Dora | Shift | FourBitMerge
+@dataclass(frozen=True, slots=True)
+class PeftModule:
+    """One module of the base with what an adapter that is no LoRA does to it; PEFT's own classes compute it.
+
+    Attributes:
+        adapter: its folder, for messages.
+        kind: PEFT's name of it, a key of `peft_kinds.KINDS`.
+        path: the module's path in the model that was trained.
+        layer: class of the module: Linear, Conv1D (weight stored as (in, out)), Embedding, Conv1d, Conv2d or Conv3d.
+        groups: of a convolution.
+        weight: of the base.
+        bias: of the base; None without.
+        tensors: the module's tensors in the adapter, and those that all modules share, by PEFT's names.
+        settings: of adapter_config.json, as JSON.
+        dtype: compute in this dtype, the base's, as PEFT does; None: in f32 with one rounding.
+    """
+
+    adapter: Path
+    kind: str
+    path: str
+    layer: str
+    groups: int
+    weight: Source
+    bias: Source | None
+    tensors: tuple[tuple[str, Source], ...]
+    settings: str
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PeftLayer:
+    """The weight or the bias of a module after PEFT's merge. `peft_layers` computes it before the stream begins."""
+
+    module: PeftModule
+    part: Literal["weight", "bias"] = "weight"
+
+    @property
+    def source(self) -> Source:
+        """The base's tensor."""
+        if self.part == "weight":
+            return self.module.weight
+        assert self.module.bias is not None
+        return self.module.bias
+
+
+Operation = Copy | Cast | Rows | Merge | Dora | Shift | FourBitMerge | PeftLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +286,8 @@ def _operation(tensor: OutputTensor, side: Callable[[Source], dict[str, Any]]) -
         case Dora(source) | Shift(source) | FourBitMerge(source):
             # The base for now; `computed` writes over it.
             return {"kind": "copy" if source.dtype == tensor.dtype else "cast", "source": side(source)}
+        case PeftLayer():
+            raise AssertionError("peft_layers.materialized makes copies of these")
         case Merge(source, deltas):
             return {
                 "kind": "merge",

@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING
 
-from fastft.convert.plan import Cast, Copy, Dora, FourBitMerge, Merge, OutputTensor, Rows, Shard, Shift
+from fastft.convert.plan import Cast, Copy, Dora, FourBitMerge, Merge, OutputTensor, PeftLayer, Rows, Shard, Shift
 from fastft.convert.size import readable
 
 if TYPE_CHECKING:
@@ -83,6 +83,14 @@ def _operation(tensor: OutputTensor) -> dict[str, object]:
                 "from": str(source.file),
                 "updates": [{"from": str(addend.source.file), "scale": addend.scale} for addend in addends],
             }
+        case PeftLayer(module, part):
+            return {
+                "operation": f"peft:{module.kind.lower()}",
+                "from": str(tensor.operation.source.file),
+                "module": module.path,
+                "part": part,
+                "updates": [{"from": name} for name in sorted({str(source.file) for _, source in module.tensors})],
+            }
         case Merge(source, deltas) | Dora(source, deltas) | FourBitMerge(source, deltas):
             return {
                 "operation": {Merge: "merge", Dora: "dora", FourBitMerge: "four_bit"}[type(tensor.operation)],
@@ -116,6 +124,8 @@ def _what(tensor: OutputTensor) -> str:
             return f"rows of {len({part.source for part in parts})}"
         case Shift():
             return "+ bias of lora_B"
+        case PeftLayer(module):
+            return f"peft:{module.kind.lower()}"[:17]
         case Dora(_, deltas):
             return f"dora r={deltas[0].rank} s={deltas[0].scale:.4g}"
         case FourBitMerge(_, deltas, four_bit):

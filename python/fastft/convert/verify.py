@@ -22,7 +22,8 @@ from fastft.convert.four_bit import FourBit
 from fastft.convert.matching import NameOptions
 from fastft.convert.merge import planned_tensors, read_base
 from fastft.convert.numbers import bits_of, rounded, ulp_distance, values_of
-from fastft.convert.plan import Cast, Copy, Dora, Merge, OutputTensor
+from fastft.convert.peft_layers import PeftNumbers
+from fastft.convert.plan import Cast, Copy, Dora, Merge, OutputTensor, PeftLayer
 from fastft.convert.source import FLOATS, Source, read_bytes
 from fastft.errors import CheckpointError
 
@@ -127,10 +128,11 @@ def verify(
     *,
     names: NameOptions | None = None,
     four_bit: FourBit | None = None,
+    match_peft: bool = False,
 ) -> VerifyReport:
     """Compute every tensor of `merged` again from the base and the adapters, and compare.
 
-    `names` and `four_bit` are those of the merge. The dtypes of `merged` are taken as they are: a merge with
+    `names`, `four_bit` and `match_peft` are those of the merge. The dtypes of `merged` are taken as they are: a merge with
     `--dtype fp16` is compared in fp16.
 
     Raises:
@@ -139,7 +141,7 @@ def verify(
     merged = existing_folder(merged, "the merged model")
     written, _ = read_weights(merged)
     read = [(read_adapter(folder), weight) for folder, weight in adapters]
-    planned = planned_tensors(read_base(base, names), read, None, names, four_bit)
+    planned = planned_tensors(read_base(base, names), read, None, names, four_bit, match_peft=match_peft)
     checks: list[TensorCheck] = []
     total = sum(tensor.nbytes for tensor in planned)
     done = 0
@@ -194,7 +196,8 @@ def _check_tensor(tensor: OutputTensor, written: Source | None, num_rows: int | 
 def _check_floats(tensor: OutputTensor, written: Source, num_rows: int | None, *, targeted: bool) -> TensorCheck:
     import numpy as np
 
-    arithmetic = Arithmetic(tensor.operation)
+    operation = tensor.operation
+    arithmetic = PeftNumbers(operation) if isinstance(operation, PeftLayer) else Arithmetic(operation)
     num_off = max_ulp = 0
     explained, as_base, base_expected = True, targeted, True
     for start, count in _blocks(written.shape, num_rows):
@@ -230,7 +233,7 @@ def _blocks(shape: tuple[int, ...], num_rows: int | None) -> Iterator[tuple[int,
 
 
 def _explained(
-    arithmetic: Arithmetic,
+    arithmetic: Arithmetic | PeftNumbers,
     start: int,
     exact: "Float32",
     found: "Float32",
