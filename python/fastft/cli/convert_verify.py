@@ -22,7 +22,7 @@ def verify(
     match_peft: bool = False,
     json: bool = False,
 ) -> Job:
-    """Say tensor by tensor whether a folder is base + adapter.
+    """Say tensor by tensor whether a folder is base + adapter, or without --adapter the base in 4 bit or another dtype.
 
     Args:
         merged: the folder to check
@@ -36,8 +36,8 @@ def verify(
         match_peft: as it was merged
         json: print the outcome as JSON
     """
-    if base is None or not adapter:
-        raise UsageError("convert verify: --base and --adapter are needed: what was merged into what")
+    if base is None:
+        raise UsageError("convert verify: --base is needed (and --adapter, for a merge): what was it made from")
 
     def run() -> int:
         from fastft.config.schema import Model

@@ -1,25 +1,21 @@
 """`fastft convert merge`: one folder of plain weights out of a base and its adapters.
 
-`plan` reads headers only and refuses everything that cannot be right; `execute` runs the plan into a staging folder,
-checks the result and puts it in place.
+`plan` reads headers only and refuses everything that cannot be right; `execute` (of `rewrite`) runs the plan.
 """
 
-import resource
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from fastft import console, publish
 from fastft.convert import offsets, peft_layers, quantized
 from fastft.convert.adapter import Adapter, read_adapter
 from fastft.convert.bitsandbytes_layout import BLOCKSIZES, CONV1D_MODELS, config_block
 from fastft.convert.folder import Checkpoint, read_checkpoint
 from fastft.convert.four_bit import FourBit
 from fastft.convert.matching import NameOptions
-from fastft.convert.model_config import ConfigEdits, edited_text
+from fastft.convert.model_config import ConfigEdits
 from fastft.convert.names import BaseNames, Joined, TokenRows, join
 from fastft.convert.plan import (
     Delta,
@@ -29,92 +25,19 @@ from fastft.convert.plan import (
     Part,
     PeftLayer,
     Rows,
-    Shard,
     Shift,
-    into_shards,
     natural_order,
     taken_over,
     with_sources,
 )
-from fastft.convert.sidefiles import copy_side_files, side_files
+from fastft.convert.rewrite import RewritePlan, execute
+from fastft.convert.sidefiles import side_files
 from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
-from fastft.convert.source import DTYPES, FLOATS, Seen, Source, check_unchanged, read_bytes
-from fastft.convert.stream import write_shards
-from fastft.convert.target import check_target
+from fastft.convert.source import DTYPES, FLOATS, Seen, Source, read_bytes
 from fastft.convert.tied import Tied, find_tied, is_embedding
 from fastft.errors import PlanError, UsageError
 
-
-@dataclass(frozen=True)
-class MergePlan:
-    """Everything that a merge will do.
-
-    Attributes:
-        base: the folder that is merged into.
-        adapters: with the weight that multiplies each.
-        tensors: what the result holds, in the order of its files.
-        max_shard_size_bytes: greedy limit of a file.
-        changed: names of the tensors that an adapter changes.
-        edits: what becomes of config.json.
-        side_files: name in the result to the file to copy.
-        notes: what the user should know, a sentence each.
-    """
-
-    base: Checkpoint
-    adapters: tuple[tuple[Adapter, float], ...]
-    tensors: tuple[OutputTensor, ...]
-    max_shard_size_bytes: int
-    changed: frozenset[str]
-    edits: ConfigEdits
-    side_files: Mapping[str, Path]
-    notes: tuple[str, ...]
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The files of the result and the tensors in them."""
-        return into_shards(self.tensors, self.max_shard_size_bytes)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    def as_table(self) -> str:
-        """Write the plan as text of 80 columns."""
-        from fastft.convert.plan_table import as_table
-
-        return as_table(self)
-
-    def as_json(self) -> str:
-        """Write the plan as JSON."""
-        from fastft.convert.plan_table import as_json
-
-        return as_json(self)
-
-    @property
-    def sources(self) -> tuple[Path, ...]:
-        return (self.base.folder, *(adapter.folder for adapter, _ in self.adapters))
-
-
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """How a merge went."""
-
-    folder: Path
-    num_bytes: int
-    duration_s: float
-    num_tensors: int
-    num_changed: int
-    num_checked: int
-    peak_memory_bytes: int
-
-    def line(self) -> str:
-        """Say it in one line."""
-        rate = self.num_bytes / max(self.duration_s, 1e-3)
-        return (
-            f"merged into {self.folder}: {readable(self.num_bytes)} in {self.duration_s:.1f} s ({readable(rate)}/s,"
-            f" {readable(self.peak_memory_bytes)} of memory), {self.num_changed} of {self.num_tensors} tensors"
-            f" changed, {self.num_checked} checked"
-        )
+__all__ = ["RewritePlan", "execute", "output_dtype", "plan", "planned_tensors", "read_base"]
 
 
 def plan(
@@ -128,7 +51,7 @@ def plan(
     match_peft: bool = False,
     quantize: FourBit | None = None,
     skip: Sequence[str] = (),
-) -> MergePlan:
+) -> RewritePlan:
     """Plan a merge; reads config files and headers, writes nothing.
 
     Args:
@@ -177,7 +100,7 @@ def plan(
         tensors = quantized.quantized(tensors, layers.tensors, quantize)
         notes += layers.notes
     edits = ConfigEdits(output_dtype(dtype), untied, _vocab_size(base, joined), vision_only=is_clip, quantization=block)
-    return MergePlan(
+    return RewritePlan(
         base,
         read,
         tuple(sorted(tensors, key=lambda tensor: natural_order(tensor.name))),
@@ -186,47 +109,6 @@ def plan(
         edits,
         side_files(base.folder, [adapter.folder for adapter, _ in read], vision_only=is_clip),
         tuple(notes),
-    )
-
-
-def execute(plan: MergePlan, save_path: Path, *, force: bool = False) -> MergeReport:
-    """Run a plan: `save_path` holds the whole result afterwards, or is as it was before.
-
-    Args:
-        plan: from `plan`.
-        save_path: folder to be made.
-        force: replace it where it exists.
-
-    Raises:
-        PlanError, FileError: the target is not allowed, or there is no room.
-        CheckpointError: a value overflows or is not finite, an input changed, or the check of the result failed.
-    """
-    from fastft.convert.verify import check_sample
-
-    started = time.monotonic()
-    check_target(save_path, plan.sources, plan.num_bytes + peft_layers.scratch_bytes(plan.tensors), force=force)
-    for note in plan.notes:
-        console.note(note)
-    with publish.staged(save_path, force=force) as stage:
-        tensors = offsets.found(peft_layers.materialized(plan.tensors, stage))
-        shards = into_shards(tensors, plan.max_shard_size_bytes)
-        write_shards(shards, stage, "merging")
-        copy_side_files(dict(plan.side_files), stage)
-        (stage / "config.json").write_bytes(edited_text(plan.base.folder / "config.json", plan.base.config, plan.edits))
-        num_checked = check_sample(tensors, stage)
-        peft_layers.remove_scratch(stage)
-        check_unchanged(plan.base.fingerprints)
-        for adapter, _ in plan.adapters:
-            check_unchanged(adapter.fingerprints)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return MergeReport(
-        save_path,
-        plan.num_bytes,
-        time.monotonic() - started,
-        len(plan.tensors),
-        len(plan.changed),
-        num_checked,
-        peak,
     )
 
 
@@ -276,7 +158,7 @@ def as_trained(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> F
             "the adapters were trained on the base held in different ways (fastft_training.json); say with"
             " --dequantized-base none, nf4 or fp4 which one to merge onto"
         )
-    return said.pop()
+    return said.pop() if said else None
 
 
 def _fused_scales(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> bool:

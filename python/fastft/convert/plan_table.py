@@ -22,14 +22,14 @@ from fastft.convert.size import readable
 from fastft.convert.source import Packed, Seen, Source
 
 if TYPE_CHECKING:
-    from fastft.convert.merge import MergePlan
+    from fastft.convert.rewrite import RewritePlan
 
 _WIDTH = 80
 _DTYPE_WORDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
-def as_table(plan: "MergePlan") -> str:
-    """Write a merge plan as text: a line per tensor, then the totals and what should be known."""
+def as_table(plan: "RewritePlan") -> str:
+    """Write a plan as text: a line per tensor, then the totals and what should be known."""
     lines = [f"base     {plan.base.folder}"]
     for adapter, weight in plan.adapters:
         lines.append(f"adapter  {adapter.folder}" + (f"  x {weight:g}" if weight != 1.0 else ""))
@@ -47,12 +47,14 @@ def as_table(plan: "MergePlan") -> str:
         lines.append(f"config.json: dtype becomes {plan.edits.dtype}")
     if plan.edits.vocab_size is not None:
         lines.append(f"config.json: vocab_size becomes {plan.edits.vocab_size}")
+    if plan.edits.quantization is not None:
+        lines.append("config.json: quantization_config is added")
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
 
-def as_json(plan: "MergePlan") -> str:
-    """Write a merge plan as JSON."""
+def as_json(plan: "RewritePlan") -> str:
+    """Write a plan as JSON."""
     return json.dumps(
         {
             "base": str(plan.base.folder),
@@ -66,6 +68,7 @@ def as_json(plan: "MergePlan") -> str:
                 "dtype": plan.edits.dtype,
                 "untied": plan.edits.untied,
                 "vocab_size": plan.edits.vocab_size,
+                "quantization_config": plan.edits.quantization,
             },
             "notes": list(plan.notes),
         },

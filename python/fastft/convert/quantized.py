@@ -141,7 +141,9 @@ def _by_model(base: Checkpoint, skip: Sequence[str]) -> Layers:
     default = names.kept_modules()
     unknown = [name for name in skip if not names.linear_modules(name)]
     if unknown:
-        near = get_close_matches(unknown[0], names.linear_modules(), n=1, cutoff=0.4)
+        paths = names.linear_modules()
+        ends = {path.rpartition(".")[2] for path in paths}
+        near = get_close_matches(unknown[0], [*sorted(ends), *paths], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"--skip {unknown[0]}: no linear layer of {type(model).__name__} has that name{hint}")
     kept = tuple(sorted({*default, *skip})) if skip else None
