@@ -6,7 +6,7 @@ Errors are the classes of `fastft.errors`; a `RuntimeError` that speaks of a bug
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import TypedDict, final, type_check_only
+from typing import Protocol, TypedDict, final, type_check_only
 
 __all__ = [
     "TensorInfo",
@@ -25,6 +25,29 @@ class _BuildInfo(TypedDict):
     level: str
     threads: int
     commit: str | None
+
+@type_check_only
+class _Device(Protocol):
+    """Computes merges elsewhere, in the CPU's bits; called by several threads.
+
+    `prepare` gets the right factors of a tensor, each as (f32 bytes, rank, transposed): (rank, columns) row-major, or
+    (columns, rank) with `transposed`. `merge` gets shape (rows, columns), dtypes of base and result, the base's bytes and
+    the products in order, each as (index of its right factor, left factor (rows, rank) as f32 bytes, rank, scale); it
+    returns the merged bytes and whether every finite base value stayed finite.
+    """
+
+    def prepare(self, tensor: str, rights: list[tuple[bytes, int, bool]], /) -> object: ...
+    def merge(
+        self,
+        tensor: str,
+        shape: tuple[int, int],
+        dtypes: tuple[str, str],
+        base: bytes,
+        products: list[tuple[int, bytes, int, float]],
+        round_delta: bool,
+        /,
+    ) -> tuple[bytes, bool]: ...
+    def finish(self, tensor: str, /) -> object: ...
 
 @type_check_only
 class _RunReport(TypedDict):
@@ -70,6 +93,7 @@ def run_plan(
     threads: int | None = None,
     memory_budget_bytes: int = 134217728,
     progress: Callable[[int, int], object] | None = None,
+    device: _Device | None = None,
 ) -> _RunReport:
     """Run a whole conversion: read, compute and write every tensor of the plan, without the GIL.
 
@@ -79,6 +103,7 @@ def run_plan(
         memory_budget_bytes: bytes of all buffers together; the adapter factors of the tensors in work come on top.
         progress: called in this thread with (bytes done, bytes in all) some 20 times a second and once at the end.
             What it raises stops the run and is raised here, as is a KeyboardInterrupt.
+        device: computes the products and sums of merges instead of the CPU; what it raises is raised here.
 
     Raises:
         PlanError: the plan cannot be right, or a value cannot be represented in the output's dtype.

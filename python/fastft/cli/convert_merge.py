@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fastft import console
 from fastft.cli.job import Job
-from fastft.errors import PlanError, UsageError
+from fastft.errors import UsageError
 
 if TYPE_CHECKING:
     from fastft.convert.four_bit import FourBit
@@ -44,7 +44,7 @@ def merge(
         adapter: another adapter as DIR or DIR:WEIGHT; may be given several times
         dtype: of the written weights; auto keeps the base's
         max_shard_size: largest file, e.g. 2GB (2*10^9 bytes), 2GiB; a bare number is GB
-        device: where the arithmetic runs; auto and cpu are the native stream
+        device: where the arithmetic runs; auto and cpu need no GPU, cuda gives the same bits
         is_clip: the adapter is of a CLIPVisionModel; only the vision tower of the CLIP is merged and written
         model_class: class of transformers that the adapter was trained on, where config.json names another
         key_map: REGEX=REPLACEMENT done on the adapter's names; may be given several times
@@ -75,10 +75,6 @@ def merge(
         from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
-        if device == "cuda":
-            raise PlanError(
-                "convert merge: --device cuda is not there yet; the native stream (--device cpu) needs no GPU"
-            )
         plan = merging.plan(
             locate.model(Model(name=llm)),
             [(Path(adapter_path), 1.0), *[with_weight(text) for text in adapter]],
@@ -93,7 +89,7 @@ def merge(
         if dry_run:
             console.result(plan.as_json() if json else plan.as_table())
             return
-        console.result(merging.execute(plan, Path(save_path), force=force).line())
+        console.result(merging.execute(plan, Path(save_path), force=force, on_gpu=device == "cuda").line())
 
     return Job(run)
 

@@ -18,7 +18,7 @@ from fastft.convert.plan import OutputTensor, Shard, into_shards
 from fastft.convert.sidefiles import copy_side_files
 from fastft.convert.size import readable
 from fastft.convert.source import check_unchanged
-from fastft.convert.stream import write_shards
+from fastft.convert.stream import check_gpu, write_shards
 from fastft.convert.target import check_target
 
 
@@ -99,13 +99,14 @@ class RewriteReport:
         )
 
 
-def execute(plan: RewritePlan, save_path: Path, *, force: bool = False) -> RewriteReport:
+def execute(plan: RewritePlan, save_path: Path, *, force: bool = False, on_gpu: bool = False) -> RewriteReport:
     """Run a plan: `save_path` holds the whole result afterwards, or is as it was before.
 
     Args:
         plan: from `plan`.
         save_path: folder to be made.
         force: replace it where it exists.
+        on_gpu: let a GPU do the arithmetic of merges; the bits are the same.
 
     Raises:
         PlanError, FileError: the target is not allowed, or there is no room.
@@ -114,13 +115,15 @@ def execute(plan: RewritePlan, save_path: Path, *, force: bool = False) -> Rewri
     from fastft.convert.verify import check_sample
 
     started = time.monotonic()
+    if on_gpu:
+        check_gpu()
     check_target(save_path, plan.sources, plan.num_bytes + peft_layers.scratch_bytes(plan.tensors), force=force)
     for note in plan.notes:
         console.note(note)
     with publish.staged(save_path, force=force) as stage:
         tensors = offsets.found(peft_layers.materialized(plan.tensors, stage))
         shards = into_shards(tensors, plan.max_shard_size_bytes)
-        write_shards(shards, stage, plan.doing)
+        write_shards(shards, stage, plan.doing, on_gpu=on_gpu)
         copy_side_files(dict(plan.side_files), stage)
         (stage / "config.json").write_bytes(edited_text(plan.base.folder / "config.json", plan.base.config, plan.edits))
         num_checked = check_sample(tensors, stage)

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod content;
+pub mod device;
 pub mod job;
 mod merge;
 pub mod plan;

@@ -7,6 +7,7 @@ use fastft_kernels::merge::{self as kernel, Band, Base, Left, Panels, Rounding};
 use fastft_kernels::{Element, cast};
 
 use crate::content::Content;
+use crate::device;
 use crate::job::{Check, Place};
 use crate::plan::{Delta, Source};
 use crate::tile::{Buffers, Reader};
@@ -62,6 +63,8 @@ struct Prepared {
     right: Panels,
     /// The whole left factor where its rows do not lie together in the file (transposed), else nothing.
     left: Vec<f32>,
+    /// The right factor as it lies in the file, where a device wants it.
+    right_values: Vec<f32>,
 }
 
 impl Merge {
@@ -100,6 +103,17 @@ impl Merge {
         }
         for (start, end) in self.bands(first, first + num_rows) {
             let lefts = self.lefts(reader, &prepared, start, end)?;
+            if let Some(device) = reader.device {
+                let source = if in_place {
+                    None
+                } else {
+                    Some(&input[(start - first) * base_row_bytes..(end - first) * base_row_bytes])
+                };
+                let target = &mut output[(start - first) * row_bytes..(end - first) * row_bytes];
+                let kept = self.on_device(reader, device, &prepared, &lefts, (start, end), source, target)?;
+                self.check_kept(reader, kept, start, end)?;
+                continue;
+            }
             let deltas: Vec<_> = lefts.iter().map(|left| left.delta(&prepared)).collect();
             let base = if in_place {
                 Base::InPlace
@@ -110,18 +124,53 @@ impl Merge {
             let target = &mut output[(start - first) * row_bytes..(end - first) * row_bytes];
             let kept = kernel::merge(reader.cpu, band, base, self.to, target, &deltas, self.rounding)
                 .map_err(|error| reader.refuse(&error.to_string()))?;
-            if !kept {
-                return Err(reader.refuse(&format!(
-                    "the merge makes an infinite or undefined value in rows {start} to {end} (dtype {:?}); merge into a wider dtype or with a smaller scale",
-                    self.to
-                )));
-            }
+            self.check_kept(reader, kept, start, end)?;
         }
         Ok(())
     }
 
+    fn check_kept(&self, reader: &Reader, kept: bool, start: usize, end: usize) -> Result<()> {
+        if kept {
+            return Ok(());
+        }
+        Err(reader.refuse(&format!(
+            "the merge makes an infinite or undefined value in rows {start} to {end} (dtype {:?}); merge into a wider dtype or with a smaller scale",
+            self.to
+        )))
+    }
+
+    /// The same band on a device; `source`: the base where it does not stand in `target` already.
+    #[expect(clippy::too_many_arguments, reason = "what the loop of `make` has at hand")]
+    fn on_device(
+        &self,
+        reader: &Reader,
+        device: &dyn device::Device,
+        prepared: &[Prepared],
+        lefts: &[LeftRows],
+        (start, end): (usize, usize),
+        source: Option<&[u8]>,
+        target: &mut [u8],
+    ) -> Result<bool> {
+        if lefts.is_empty() && source.is_none() {
+            return Ok(true);
+        }
+        let band = device::Band {
+            tensor: reader.tensor,
+            rows: end - start,
+            columns: self.columns,
+            from: self.from,
+            to: self.to,
+            round_delta: self.rounding == Rounding::DeltaFirst,
+            products: lefts.iter().map(|left| left.for_device(prepared, end - start)).collect(),
+        };
+        device.merge(&band, source, target)
+    }
+
     /// Forgets the factors: no more tiles will come.
-    pub fn finish(&self) {
+    pub fn finish(&self, tensor: &str, device: Option<&dyn device::Device>) {
+        if let Some(device) = device {
+            device.finish(tensor);
+        }
         *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.base.finish();
     }
@@ -133,6 +182,14 @@ impl Merge {
         }
         let products = self.products.iter().map(|product| product.prepare(reader, self.columns));
         let made = Arc::new(products.collect::<Result<Vec<_>>>()?);
+        if let Some(device) = reader.device {
+            let rights = self.products.iter().zip(made.iter()).map(|(product, made)| device::Right {
+                values: &made.right_values,
+                rank: product.rank,
+                transposed: product.transposed,
+            });
+            device.prepare(reader.tensor, &rights.collect::<Vec<_>>())?;
+        }
         *prepared = Some(Arc::clone(&made));
         Ok(made)
     }
@@ -175,6 +232,19 @@ struct LeftRows<'a> {
 }
 
 impl LeftRows<'_> {
+    /// The rows of the band by themselves.
+    fn for_device(&self, prepared: &[Prepared], rows: usize) -> device::Left {
+        let rank = self.product.rank;
+        let values = if self.product.transposed {
+            let all = &prepared[self.index].left;
+            let stride = all.len() / rank;
+            (self.first..self.first + rows).flat_map(|row| (0..rank).map(move |k| all[k * stride + row])).collect()
+        } else {
+            self.values.clone()
+        };
+        device::Left { right: self.index, values, rank, scale: self.product.scale }
+    }
+
     fn delta<'a>(&'a self, prepared: &'a [Prepared]) -> kernel::Delta<'a> {
         let prepared = &prepared[self.index];
         let left = if self.product.transposed {
@@ -229,7 +299,8 @@ impl Product {
             Panels::from_rows(self.rank, columns, &right)
         };
         let left = if self.transposed { self.left.read(reader, 0, self.left.num_values)? } else { Vec::new() };
-        Ok(Prepared { right: panels.map_err(|error| reader.refuse(&error.to_string()))?, left })
+        let right_values = if reader.device.is_some() { right } else { Vec::new() };
+        Ok(Prepared { right: panels.map_err(|error| reader.refuse(&error.to_string()))?, left, right_values })
     }
 }
 

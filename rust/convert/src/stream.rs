@@ -10,18 +10,21 @@ use std::time::Duration;
 use fastft_checkpoint::{Error, Output, Result};
 use fastft_kernels::Cpu;
 
+use crate::device::Device;
 use crate::job::{Job, Kind, Made};
 use crate::quantize::Quantize;
 use crate::shared::SharedFactors;
 use crate::tile::{self, Buffers, Reader};
 
 /// What a run may use.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
+#[derive(Clone, Copy)]
+pub struct Limits<'a> {
     /// Workers, at least 1.
     pub num_threads: usize,
     /// Bytes of all buffers together. The adapter factors of the tensors in work come on top.
     pub memory_budget_bytes: usize,
+    /// Where merges are computed, if not on the CPU.
+    pub device: Option<&'a dyn Device>,
 }
 
 /// How far a run is.
@@ -55,6 +58,8 @@ const TICK: Duration = Duration::from_millis(50);
 /// A tile that stays in the caches between read, arithmetic and write; 8 MiB cost up to twice the time in the kernel.
 const LARGEST_TILE_BYTES: usize = 1 << 20;
 const SMALLEST_TILE_BYTES: usize = 64 << 10;
+/// With a device each tile is one call into it.
+const DEVICE_TILE_BYTES: usize = 8 << 20;
 
 /// Runs `job`. `watch` is called in the calling thread some 20 times a second and once at the end; `Break` stops the run.
 ///
@@ -63,7 +68,12 @@ const SMALLEST_TILE_BYTES: usize = 64 << 10;
 ///
 /// # Panics
 /// Only by a bug: a panic of a worker goes on in the caller.
-pub fn run(job: &Job, cpu: Cpu, limits: Limits, watch: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<Outcome> {
+pub fn run(
+    job: &Job,
+    cpu: Cpu,
+    limits: Limits<'_>,
+    watch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Outcome> {
     let Some(bytes_read) = flow(job, cpu, limits, false, watch)? else { return Ok(Outcome::Stopped) };
     let bytes_written = job.files.iter().map(|file| file.size_bytes).sum();
     Ok(Outcome::Done { bytes_read, bytes_written, num_tensors: job.tensors.len() })
@@ -74,13 +84,14 @@ pub fn run(job: &Job, cpu: Cpu, limits: Limits, watch: &mut dyn FnMut(Progress) 
 fn flow(
     job: &Job,
     cpu: Cpu,
-    limits: Limits,
+    limits: Limits<'_>,
     scan: bool,
     watch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Option<u64>> {
     let num_threads = limits.num_threads.max(1);
     let tile_bytes = (limits.memory_budget_bytes / (4 * num_threads)).clamp(SMALLEST_TILE_BYTES, LARGEST_TILE_BYTES);
-    let stream = Stream::new(job, cpu, tile_bytes, scan)?;
+    let tile_bytes = if limits.device.is_some() { tile_bytes.max(DEVICE_TILE_BYTES) } else { tile_bytes };
+    let stream = Stream::new(job, cpu, tile_bytes, scan, limits.device)?;
     let panicked = std::thread::scope(|scope| {
         let (alive, all_ended) = channel::<()>();
         let workers: Vec<_> = (0..num_threads)
@@ -124,7 +135,7 @@ fn flow(
 pub fn scales(
     job: &Job,
     cpu: Cpu,
-    limits: Limits,
+    limits: Limits<'_>,
     watch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Option<Vec<f32>>> {
     let quantized: Vec<_> = job
@@ -174,6 +185,7 @@ struct Stream<'a> {
     scan: bool,
     /// Scales that end their file: written when all tiles are taken, since they wait for the rest of the file.
     deferred: Mutex<Vec<Deferred>>,
+    device: Option<&'a dyn Device>,
 }
 
 /// Bytes that are still to be written.
@@ -184,7 +196,7 @@ struct Deferred {
 }
 
 impl<'a> Stream<'a> {
-    fn new(job: &'a Job, cpu: Cpu, tile_bytes: usize, scan: bool) -> Result<Self> {
+    fn new(job: &'a Job, cpu: Cpu, tile_bytes: usize, scan: bool, device: Option<&'a dyn Device>) -> Result<Self> {
         let mut tiles = Vec::new();
         let mut left = Vec::with_capacity(job.tensors.len());
         for (tensor, made) in job.tensors.iter().enumerate() {
@@ -226,6 +238,7 @@ impl<'a> Stream<'a> {
             bytes_done: AtomicU64::new(0),
             scan,
             deferred: Mutex::default(),
+            device,
         })
     }
 
@@ -345,16 +358,21 @@ impl<'a> Stream<'a> {
             inputs: &self.job.inputs,
             shared: &self.shared,
             bytes_read: &self.bytes_read,
+            forget: !self.scan,
+            device: self.device,
         };
         if self.scan {
             if let Kind::Quantize(quantize) = &made.kind {
                 quantize.scan(&reader, tile.first_row, tile.num_rows, buffers)?;
+                if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1 {
+                    tile::finish(&made.kind, &made.name, self.device);
+                }
             }
             return Ok(());
         }
         tile::make(made, &reader, tile.first_row, tile.num_rows, buffers)?;
         if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1 {
-            tile::finish(&made.kind);
+            tile::finish(&made.kind, &made.name, self.device);
             if let Kind::Quantize(quantize) = &made.kind {
                 // Before the tile itself, which may end the file and then waits for the rest of it.
                 self.write_scales(quantize, &reader)?;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use fastft_checkpoint::{Error, Input, Result};
 use fastft_kernels::{Cpu, Element, cast};
 
+use crate::device::Device;
 use crate::job::{Kind, Made, Number, PartPlace, Place};
 use crate::shared::SharedFactors;
 
@@ -32,13 +33,19 @@ pub struct Reader<'a> {
     pub shared: &'a SharedFactors,
     /// Counts what is read.
     pub bytes_read: &'a AtomicU64,
+    /// Whether pages are dropped once they are read: not where they will be read again.
+    pub forget: bool,
+    /// Where merges are computed, if not here.
+    pub device: Option<&'a dyn Device>,
 }
 
 impl Reader<'_> {
     /// Fills `buffer` from `place` on.
     pub fn read(&self, place: Place, buffer: &mut [u8]) -> Result<()> {
         self.inputs[place.input].read_at(buffer, place.offset).map_err(|error| self.named(error))?;
-        self.inputs[place.input].forget(place.offset, buffer.len() as u64);
+        if self.forget {
+            self.inputs[place.input].forget(place.offset, buffer.len() as u64);
+        }
         self.bytes_read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -109,12 +116,12 @@ pub fn make_rows(
 }
 
 /// Forgets what the tiles of a tensor shared: no more will come.
-pub fn finish(kind: &Kind) {
+pub fn finish(kind: &Kind, tensor: &str, device: Option<&dyn Device>) {
     match kind {
-        Kind::Merge(merge) => merge.finish(),
+        Kind::Merge(merge) => merge.finish(tensor, device),
         Kind::Cast { content, .. } => content.finish(),
         Kind::Rows { parts, .. } => parts.iter().for_each(|part| part.content.finish()),
-        Kind::Quantize(quantize) => finish(&quantize.inner),
+        Kind::Quantize(quantize) => finish(&quantize.inner, tensor, device),
         Kind::Copy { .. } | Kind::Bytes(_) | Kind::Companion => {}
     }
 }

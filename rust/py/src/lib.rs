@@ -4,6 +4,7 @@
 #![allow(clippy::needless_pass_by_value, reason = "Python hands its arguments over by value")]
 
 mod build_info;
+mod device;
 mod gate;
 mod header;
 mod rename;
