@@ -60,6 +60,56 @@ def test_the_loss_falls_and_the_files_are_there(
     assert (record["quantization"] is not None) == (kind == "qlora")
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_fp32_weights_with_products_in_bf16(
+    kind: str, model: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does by itself, here on a CPU: linear layers give bf16, weights stay fp32, a resumed run is the same."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file
+
+    from fastft.model import device
+
+    monkeypatch.setattr(device, "products_dtype", lambda *_args: torch.bfloat16)
+    seen: set[torch.dtype] = set()
+    linear = torch.nn.Linear.forward
+
+    def watched(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        y = linear(self, x)
+        if self.training and torch.is_grad_enabled():
+            seen.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    config = tiny_run.config(
+        model,
+        data["sft"],
+        kind=kind,
+        train__gradient_checkpointing=True,
+        train__lr=5e-3,
+        output__save_steps=3,
+        samples__prompts=("Basket",),
+        samples__max_new_tokens=2,
+        data__eval_rows=2,
+    )
+    done = run.run(config, work_dir=tmp_path / "run")
+    losses = [line["loss"] for line in _metrics(done.run_dir) if "loss" in line]
+    assert losses[-1] < 0.97 * losses[0]
+    assert seen == {torch.bfloat16}
+    (file,) = done.artifact.glob("*.safetensors")
+    weights = load_file(file)
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    broken = tmp_path / "broken"
+    shutil.copytree(done.run_dir, broken)
+    shutil.rmtree(broken / "checkpoint-6")
+    shutil.rmtree(broken / done.artifact.name)
+    resumed = run.run(config, work_dir=broken, resume="auto")
+    others = load_file(resumed.artifact / file.name)
+    assert all(torch.equal(others[name], value) for name, value in weights.items())
+
+
 def test_the_record_of_a_quantized_base(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
     config = tiny_run.config(
         model,
