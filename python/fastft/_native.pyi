@@ -10,6 +10,7 @@ from typing import TypedDict, final, type_check_only
 
 __all__ = [
     "TensorInfo",
+    "block_maxima",
     "build_info",
     "read_header",
     "rename_exchange",
@@ -83,6 +84,18 @@ def run_plan(
         PlanError: the plan cannot be right, or a value cannot be represented in the output's dtype.
         CheckpointError: a source file is cut off, changed while it was read, or an adapter holds non-finite values.
         FileError: a file cannot be read or written. On any error the files written so far are incomplete.
+    """
+
+def block_maxima(
+    plan_json: str,
+    *,
+    threads: int | None = None,
+    memory_budget_bytes: int = 134217728,
+    progress: Callable[[int, int], object] | None = None,
+) -> bytes:
+    """Scales (f32, little-endian) of the one tensor that the plan quantizes, exact as before any double quantization; nothing is written.
+
+    The arguments and errors are those of `run_plan`; also a PlanError when the plan does not quantize exactly one tensor.
     """
 
 def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[int]]:

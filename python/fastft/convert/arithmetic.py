@@ -1,22 +1,21 @@
 """The planned numbers in numpy: rows of a tensor in f32, before the one rounding to its dtype.
 
 Two users: `verify` recomputes what the native stream wrote, and `computed` fills in the tensors whose arithmetic the
-stream does not have (DoRA, biases of lora_B, bases as a 4-bit training saw them). Formulas: spec/formats.md section 2, as PEFT 0.21 computes them.
+stream does not have (DoRA, biases of lora_B). Formulas: spec/formats.md section 2, as PEFT 0.21 computes them.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastft.convert.four_bit import FourBit, scales_of, seen_in_training
+from fastft.convert.four_bit import numbers_of
 from fastft.convert.numbers import as_float32, rounded, values_of
 from fastft.convert.plan import (
     Cast,
     Copy,
     Delta,
     Dora,
-    FourBitMerge,
     Merge,
-    Operation,
+    Numbers,
     Part,
     PeftLayer,
     Rows,
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
 
     Float32 = NDArray[np.float32]
 
+# Largest distance of neighbours, as a part of the number, and the smallest there is.
+_SPACING = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+_SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}
 # Elements that are worked on at once: some arrays of 4 bytes each stay below 32 MiB.
 BLOCK_ELEMENTS = 1024 * 1024
 
@@ -37,11 +39,12 @@ BLOCK_ELEMENTS = 1024 * 1024
 class Arithmetic:
     """The rows of one planned tensor; factors that every row needs are read once."""
 
-    def __init__(self, operation: Operation) -> None:
+    def __init__(self, operation: Numbers, dtype: str) -> None:
+        """Prepare for `operation`, whose result is rounded to `dtype`."""
         self._operation = operation
+        self._dtype = dtype
         self._whole_tensors: dict[Source, Float32] = {}
         self._column_norms: Float32 | None = None
-        self._scales: Float32 | None = None
 
     def rows(self, start: int, count: int) -> "Float32":
         """Give rows `start` to `start + count` of the result (a scalar is one row)."""
@@ -50,23 +53,21 @@ class Arithmetic:
                 return _floats(source, start, count)
             case Rows(parts):
                 return _gathered(parts, start, count)
-            case Merge(source, deltas):
+            case Merge(source, deltas, round_delta):
                 base = _floats(source, start, count)
-                return base + self._sum_of(deltas, start, base.shape)
+                delta = self._sum_of(deltas, start, base.shape)
+                return base + (values_of(rounded(delta, self._dtype), self._dtype) if round_delta else delta)
             case Dora():
                 return self._dora(self._operation, start, count)
             case Shift():
                 return self._shifted(self._operation, start, count)
             case PeftLayer():
                 raise AssertionError("peft_layers.PeftNumbers gives these rows")
-            case FourBitMerge(source, deltas, four_bit):
-                base = self._seen(source, four_bit, start, count)
-                return base + self._sum_of(deltas, start, base.shape)
 
     def base_rows(self, start: int, count: int) -> "Float32 | None":
         """Give the same rows of the base; None where the tensor is not an update of one."""
         match self._operation:
-            case Merge(source) | Dora(source) | Shift(source) | FourBitMerge(source):
+            case Merge(source) | Dora(source) | Shift(source):
                 return _floats(source, start, count)
             case _:
                 return None
@@ -84,7 +85,12 @@ class Arithmetic:
         rank = sum(delta.rank for delta in self._operation.deltas)
         magnitude = np.abs(_floats(self._operation.source, start, count))
         magnitude += self._sum_of(self._operation.deltas, start, magnitude.shape, magnitudes=True)
-        return magnitude * np.float32((rank + 3) * 2.0**-24)
+        bound = magnitude * np.float32((rank + 3) * 2.0**-24)
+        if self._operation.round_delta:
+            # The product may round to the neighbour of what it rounds to here.
+            product = self._sum_of(self._operation.deltas, start, magnitude.shape)
+            bound += np.abs(product) * np.float32(_SPACING[self._dtype]) + np.float32(_SMALLEST[self._dtype])
+        return bound
 
     def _sum_of(
         self, deltas: Sequence[Delta], start: int, shape: tuple[int, ...], *, magnitudes: bool = False
@@ -158,14 +164,6 @@ class Arithmetic:
                     result[low - start : high - start] += vector[of + low - to : of + high - to]
         return result
 
-    def _seen(self, source: Source, four_bit: FourBit, start: int, count: int) -> "Float32":
-        """Give rows of the base as the training saw them: 4-bit and back, rounded to the base's dtype."""
-        if self._scales is None:
-            self._scales = scales_of(source, four_bit)
-        elements = source.numel // source.shape[0]
-        seen = seen_in_training(source, self._scales, four_bit, start * elements, count * elements)
-        return values_of(rounded(seen, source.dtype), source.dtype).reshape(count, *source.shape[1:])
-
     def _whole(self, source: Source) -> "Float32":
         if source not in self._whole_tensors:
             self._whole_tensors[source] = as_float32(read_bytes(source), source)
@@ -179,6 +177,9 @@ def row_bytes(source: Source, start: int, count: int) -> bytes:
 
 
 def _floats(source: Source, start: int, count: int) -> "Float32":
+    if source.lens is not None:
+        elements = source.numel // source.shape[0]
+        return numbers_of(source, start * elements, count * elements).reshape(count, *source.shape[1:])
     return as_float32(row_bytes(source, start, count), source)
 
 

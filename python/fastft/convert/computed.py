@@ -11,7 +11,7 @@ from pathlib import Path
 from fastft.convert.arithmetic import BLOCK_ELEMENTS, Arithmetic
 from fastft.convert.folder import read_safetensors
 from fastft.convert.numbers import rounded, values_of
-from fastft.convert.plan import OutputTensor, Shard, is_computed
+from fastft.convert.plan import Dora, OutputTensor, Shard, Shift, is_computed
 from fastft.convert.source import Source
 from fastft.errors import CheckpointError, FileError
 
@@ -41,7 +41,8 @@ def fill_in(shards: Sequence[Shard], folder: Path) -> int:
 def _fill(tensor: OutputTensor, place: Source) -> None:
     import numpy as np
 
-    arithmetic = Arithmetic(tensor.operation)
+    assert isinstance(tensor.operation, Dora | Shift)
+    arithmetic = Arithmetic(tensor.operation, tensor.dtype)
     num_rows, row_elements = tensor.shape[0], prod(tensor.shape[1:])
     step = max(1, BLOCK_ELEMENTS // max(1, row_elements))
     try:

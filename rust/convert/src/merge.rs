@@ -3,9 +3,10 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fastft_checkpoint::{Error, Result};
-use fastft_kernels::merge::{self as kernel, Band, Base, Left, Panels};
+use fastft_kernels::merge::{self as kernel, Band, Base, Left, Panels, Rounding};
 use fastft_kernels::{Element, cast};
 
+use crate::content::Content;
 use crate::job::{Check, Place};
 use crate::plan::{Delta, Source};
 use crate::tile::{Buffers, Reader};
@@ -13,12 +14,13 @@ use crate::tile::{Buffers, Reader};
 /// A checked merge.
 #[derive(Debug)]
 pub struct Merge {
-    base: Place,
+    base: Content,
     from: Element,
     to: Element,
     num_rows: usize,
     columns: usize,
     products: Vec<Product>,
+    rounding: Rounding,
     /// The right factors while tiles of the tensor are worked on.
     prepared: Mutex<Option<Arc<Vec<Prepared>>>>,
 }
@@ -64,15 +66,16 @@ struct Prepared {
 
 impl Merge {
     /// Checks the shapes of a merge.
-    pub fn check(check: &Check, source: &Source, to: Element, deltas: &[Delta]) -> Result<Self> {
-        let base = check.place(source)?;
+    pub fn check(check: &Check, source: &Source, to: Element, deltas: &[Delta], round_delta: bool) -> Result<Self> {
+        let base = Content::check(check, source)?;
         let from = check.element(source.dtype)?;
         let (num_rows, columns) = matrix(check, source)?;
         let mut products = Vec::with_capacity(deltas.len());
         for delta in deltas {
             products.push(Product::check(check, num_rows, columns, delta)?);
         }
-        Ok(Self { base, from, to, num_rows, columns, products, prepared: Mutex::new(None) })
+        let rounding = if round_delta { Rounding::DeltaFirst } else { Rounding::Once };
+        Ok(Self { base, from, to, num_rows, columns, products, rounding, prepared: Mutex::new(None) })
     }
 
     /// Rows of the weight.
@@ -83,17 +86,17 @@ impl Merge {
     /// Makes rows `first..first + target / row size` of the merged weight.
     pub fn make(&self, reader: &Reader, first: usize, buffers: &mut Buffers) -> Result<()> {
         let prepared = self.prepared(reader)?;
-        let Buffers { input, output } = buffers;
+        let Buffers { input, output, .. } = buffers;
         let row_bytes = self.columns * self.to.size_bytes();
         let num_rows = output.len() / row_bytes;
         let base_row_bytes = self.columns * self.from.size_bytes();
         let in_place = self.from == self.to;
-        let place = Place { offset: self.base.offset + (first * base_row_bytes) as u64, ..self.base };
+        let (start, size) = (first * self.columns, self.from.size_bytes());
         if in_place {
-            reader.read(place, output)?;
+            self.base.read(reader, start, size, output)?;
         } else {
             input.resize(num_rows * base_row_bytes, 0);
-            reader.read(place, input)?;
+            self.base.read(reader, start, size, input)?;
         }
         for (start, end) in self.bands(first, first + num_rows) {
             let lefts = self.lefts(reader, &prepared, start, end)?;
@@ -105,7 +108,7 @@ impl Merge {
             };
             let band = Band { rows: end - start, columns: self.columns };
             let target = &mut output[(start - first) * row_bytes..(end - first) * row_bytes];
-            let kept = kernel::merge(reader.cpu, band, base, self.to, target, &deltas)
+            let kept = kernel::merge(reader.cpu, band, base, self.to, target, &deltas, self.rounding)
                 .map_err(|error| reader.refuse(&error.to_string()))?;
             if !kept {
                 return Err(reader.refuse(&format!(
@@ -120,6 +123,7 @@ impl Merge {
     /// Forgets the factors: no more tiles will come.
     pub fn finish(&self) {
         *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.base.finish();
     }
 
     fn prepared(&self, reader: &Reader) -> Result<Arc<Vec<Prepared>>> {
@@ -232,6 +236,9 @@ impl Product {
 impl Factor {
     fn check(check: &Check, source: &Source, columns: Option<Columns>) -> Result<Self> {
         let (rows, width) = matrix(check, source)?;
+        if source.packed.is_some() || source.seen.is_some() {
+            return check.refuse("the factors of an adapter cannot be 4-bit numbers");
+        }
         let num_values = rows * columns.map_or(width, Columns::count);
         Ok(Self { place: check.place(source)?, element: check.element(source.dtype)?, num_values, columns })
     }

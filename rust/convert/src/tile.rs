@@ -16,6 +16,8 @@ pub struct Buffers {
     pub input: Vec<u8>,
     /// Bytes to be written.
     pub output: Vec<u8>,
+    /// Numbers that are quantized.
+    pub values: Vec<u8>,
 }
 
 /// Reads for one tensor, and names it in errors.
@@ -69,17 +71,51 @@ pub fn named(tensor: &str, error: Error) -> Error {
 /// Makes rows `first..first + count` of `made` in `buffers.output`.
 pub fn make(made: &Made, reader: &Reader, first: usize, count: usize, buffers: &mut Buffers) -> Result<()> {
     let row_bytes = usize::try_from(made.row_bytes).map_err(|_| reader.refuse("a row is larger than memory"))?;
+    make_rows(&made.kind, reader, row_bytes, first, count, buffers)
+}
+
+/// The same for rows of `row_bytes` bytes.
+pub fn make_rows(
+    kind: &Kind,
+    reader: &Reader,
+    row_bytes: usize,
+    first: usize,
+    count: usize,
+    buffers: &mut Buffers,
+) -> Result<()> {
+    if let Kind::Quantize(quantize) = kind {
+        return quantize.make(reader, first, count, buffers);
+    }
     buffers.output.resize(count * row_bytes, 0);
-    match &made.kind {
+    match kind {
         Kind::Copy { place } => reader.read(ahead(*place, first as u64), &mut buffers.output),
-        Kind::Cast { place, from, to } => {
+        Kind::Cast { content, from, to } => {
             let size = from.size_bytes();
+            if *from == Number::Element(*to) {
+                return content.read(reader, first, size, &mut buffers.output);
+            }
             buffers.input.resize(count * size, 0);
-            reader.read(ahead(*place, (first * size) as u64), &mut buffers.input)?;
+            content.read(reader, first, size, &mut buffers.input)?;
             narrow(reader, *from, &buffers.input, *to, &mut buffers.output)
         }
         Kind::Rows { parts, to } => gather(reader, parts, *to, row_bytes, first, buffers),
         Kind::Merge(merge) => merge.make(reader, first, buffers),
+        Kind::Bytes(bytes) => {
+            buffers.output.copy_from_slice(&bytes[first..first + count]);
+            Ok(())
+        }
+        Kind::Quantize(_) | Kind::Companion => Err(reader.refuse("a plan in a plan; this is a bug of fastft")),
+    }
+}
+
+/// Forgets what the tiles of a tensor shared: no more will come.
+pub fn finish(kind: &Kind) {
+    match kind {
+        Kind::Merge(merge) => merge.finish(),
+        Kind::Cast { content, .. } => content.finish(),
+        Kind::Rows { parts, .. } => parts.iter().for_each(|part| part.content.finish()),
+        Kind::Quantize(quantize) => finish(&quantize.inner),
+        Kind::Copy { .. } | Kind::Bytes(_) | Kind::Companion => {}
     }
 }
 
@@ -106,7 +142,7 @@ fn gather(
     first: usize,
     buffers: &mut Buffers,
 ) -> Result<()> {
-    let Buffers { input, output } = buffers;
+    let Buffers { input, output, .. } = buffers;
     let end = first as u64 + output.len().checked_div(row_bytes).unwrap_or(0) as u64;
     let from_part = parts.partition_point(|part| part.first_row + part.num_rows <= first as u64);
     let mut rest = &mut output[..];
@@ -116,25 +152,18 @@ fn gather(
         let rows = usize::try_from(rows).map_err(|_| reader.refuse("too many rows"))?;
         let (target, after) = rest.split_at_mut(rows * row_bytes);
         rest = after;
-        let place = ahead(part.place, (start - part.first_row) * part.row_bytes);
+        let row = start - part.first_row + part.start;
+        let first_value = row * part.row_bytes / part.value_bytes as u64;
+        let first_value = usize::try_from(first_value).map_err(|_| reader.refuse("too many values"))?;
         match part.from.zip(to) {
-            None => reader.read(place, target)?,
+            None => part.content.read(reader, first_value, part.value_bytes, target)?,
             Some((from, to)) => {
                 let values = target.len() / to.size_bytes();
                 input.resize(values * from.size_bytes(), 0);
-                reader.read(place, input)?;
+                part.content.read(reader, first_value, part.value_bytes, input)?;
                 narrow(reader, from, input, to, target)?;
             }
         }
     }
     Ok(())
-}
-
-impl Number {
-    fn size_bytes(self) -> usize {
-        match self {
-            Self::Element(element) => element.size_bytes(),
-            Self::F64 => 8,
-        }
-    }
 }

@@ -2,7 +2,7 @@
 //! values. What this CPU cannot run is named in the output of `levels_of_this_cpu` (`--no-capture`).
 
 use fastft_kernels::cast::{cast, narrow, widen};
-use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, merge};
+use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, Rounding, merge};
 use fastft_kernels::nf4::{self, Blocks, Code};
 use fastft_kernels::parallel;
 use fastft_kernels::{Cpu, Element, Level};
@@ -209,11 +209,11 @@ fn run(cpu: Cpu, case: &Case, base: &[u8], factors: &[(Vec<f32>, Panels, f32)]) 
         .collect();
     let band = Band { rows: case.rows, columns: case.columns };
     let mut target = vec![0xAA; case.rows * case.columns * case.to.size_bytes()];
-    let kept = merge(cpu, band, Base::Apart(case.from, base), case.to, &mut target, &deltas);
+    let kept = merge(cpu, band, Base::Apart(case.from, base), case.to, &mut target, &deltas, Rounding::Once);
     let kept = kept.unwrap_or_else(|error| unreachable!("{error}"));
     if case.from == case.to {
         let mut in_place = base.to_vec();
-        assert_eq!(merge(cpu, band, Base::InPlace, case.to, &mut in_place, &deltas), Ok(kept));
+        assert_eq!(merge(cpu, band, Base::InPlace, case.to, &mut in_place, &deltas, Rounding::Once), Ok(kept));
         assert_eq!(in_place, target, "in place differs");
     }
     (target, kept)
@@ -290,7 +290,7 @@ fn wrong_sizes_are_refused() {
     let mut target = [0; 24];
     let mut merge_of = |rows, columns, values: &[f32]| {
         let delta = Delta { left: Left { values, row_stride: 2, rank_stride: 1 }, right: &panels, scale: 1.0 };
-        merge(scalar(), Band { rows, columns }, Base::InPlace, Element::F32, &mut target, &[delta])
+        merge(scalar(), Band { rows, columns }, Base::InPlace, Element::F32, &mut target, &[delta], Rounding::Once)
     };
     assert_eq!(merge_of(2, 3, &[0.0; 4]), Ok(true));
     assert!(merge_of(2, 3, &[0.0; 3]).is_err());
@@ -401,6 +401,42 @@ proptest! {
         for (index, (value, back)) in values.iter().zip(back.as_chunks::<4>().0).enumerate() {
             let error = (f32::from_le_bytes(*back) - value).abs();
             prop_assert!(error <= 0.1521 * absmax[index / 32], "{} became {}", value, f32::from_le_bytes(*back));
+        }
+    }
+}
+
+/// The two roundings by hand, from the products alone (merged onto zeros in f32).
+#[test]
+fn a_delta_can_be_rounded_first() {
+    let (rows, columns, rank) = (7, 45, 3);
+    let mut random = Random(6);
+    let (left, right) = (random.values(rows * rank), random.values(rank * columns));
+    let Ok(right) = Panels::from_rows(rank, columns, &right) else { unreachable!("the sizes fit") };
+    let base = random.values(rows * columns);
+    for to in [Element::F16, Element::Bf16] {
+        let narrowed = |values: &[f32]| {
+            let mut bytes = vec![0; values.len() * to.size_bytes()];
+            assert_eq!(narrow(scalar(), values, to, &mut bytes), Ok(true));
+            let mut wide = vec![0.0; values.len()];
+            assert_eq!(widen(scalar(), to, &bytes, &mut wide), Ok(()));
+            (bytes, wide)
+        };
+        let (base_bytes, base) = narrowed(&base);
+        let delta = Delta { left: Left { values: &left, row_stride: rank, rank_stride: 1 }, right: &right, scale: 0.7 };
+        let band = Band { rows, columns };
+        let mut products = vec![0; rows * columns * 4];
+        let done = merge(scalar(), band, Base::InPlace, Element::F32, &mut products, &[delta], Rounding::Once);
+        assert_eq!(done, Ok(true));
+        let mut values = vec![0.0; rows * columns];
+        assert_eq!(widen(scalar(), Element::F32, &products, &mut values), Ok(()));
+        let (_, rounded) = narrowed(&values);
+        let sums: Vec<_> = base.iter().zip(&rounded).map(|(base, delta)| base + delta).collect();
+        let (expected, _) = narrowed(&sums);
+        for cpu in Level::ALL.into_iter().filter_map(Cpu::at) {
+            let mut target = base_bytes.clone();
+            let done = merge(cpu, band, Base::InPlace, to, &mut target, &[delta], Rounding::DeltaFirst);
+            assert_eq!(done, Ok(true));
+            assert_eq!(target, expected, "{cpu:?} {to:?}");
         }
     }
 }
