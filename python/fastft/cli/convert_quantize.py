@@ -25,7 +25,7 @@ def quantize(
     json: bool = False,
     force: bool = False,
 ) -> Job:
-    """Write a model in 4 bit, as transformers and bitsandbytes save and load it.
+    """Write a model in 4 bit, in bitsandbytes' layout.
 
     Args:
         model: folder or hub id of a model with plain weights

@@ -22,7 +22,9 @@ def verify(
     match_peft: bool = False,
     json: bool = False,
 ) -> Job:
-    """Say tensor by tensor whether a folder is base + adapter, or without --adapter the base in 4 bit or another dtype.
+    """Say tensor by tensor whether a folder is base + adapter.
+
+    Without --adapter: whether it is the base, as it is, in 4 bit or in another dtype.
 
     Args:
         merged: the folder to check
