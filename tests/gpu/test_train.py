@@ -61,7 +61,8 @@ def _losses(run_dir: Path) -> list[float]:
 def _weights(done: run.RunResult) -> "dict[str, Any]":
     from safetensors.torch import load_file
 
-    (file,) = done.artifact.glob("*.safetensors")
+    # The result of a full training is rounded to the base's dtype; the last checkpoint is not.
+    (file,) = (done.run_dir / f"checkpoint-{done.steps}").glob("*.safetensors")
     return load_file(file)
 
 

@@ -110,6 +110,37 @@ def test_fp32_weights_with_products_in_bf16(
     assert all(torch.equal(others[name], value) for name, value in weights.items())
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_a_full_model_is_written_in_the_dtype_of_its_base(
+    stored: str, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    base = tiny_run.write_model(tmp_path / "base", dtype=stored)
+    done = run.run(tiny_run.config(base, data["sft"], kind="full", train__max_steps=2), work_dir=tmp_path / "run")
+    exact = load_file(done.run_dir / "checkpoint-2" / "model.safetensors")
+    written = load_file(done.artifact / "model.safetensors")
+    assert exact.keys() == written.keys()
+    for name, value in exact.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(written[name], value.to(getattr(torch, stored))), name
+    assert json.loads((done.artifact / "config.json").read_text())["dtype"] == stored
+    assert f"written in {stored}, as the base is" in capsys.readouterr().err
+
+
+def test_a_weight_too_large_for_the_base_keeps_fp32(
+    data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    base = tiny_run.write_model(tmp_path / "base", dtype="float16")
+    config = tiny_run.config(base, data["sft"], kind="full", train__max_steps=1, train__lr=1e5, train__warmup_ratio=0.0)
+    done = run.run(config, work_dir=tmp_path / "run")
+    assert {str(value.dtype) for value in load_file(done.artifact / "model.safetensors").values()} == {"torch.float32"}
+    assert "too large for the base's float16; kept as fp32" in capsys.readouterr().err
+
+
 def test_the_record_of_a_quantized_base(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
     config = tiny_run.config(
         model,

@@ -266,6 +266,8 @@ def _write_result(artifact: Path, work_dir: Path, loaded: model_load.Loaded, abo
     from fastft import publish
     from fastft.training import record, trainer
 
+    if about["method"] == "full":
+        _in_dtype_of_base(loaded)
     try:
         with publish.staged(artifact, force=True) as staging:
             trainer.save_model(loaded.model, loaded.tokenizer, staging)
@@ -278,6 +280,26 @@ def _write_result(artifact: Path, work_dir: Path, loaded: model_load.Loaded, abo
             f"result {artifact}: cannot be written: {cause.strerror or cause}; the last checkpoint is whole, free some "
             "space and run again with --resume auto"
         ) from cause
+
+
+def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
+    """Round a model that was trained in fp32 to the dtype of the checkpoint it came from, as a merge does.
+
+    The training is over; its checkpoints hold the fp32 weights.
+    """
+    import torch
+
+    dtype = model_load.checkpoint_dtype(loaded.base)
+    if loaded.model.dtype == dtype or not dtype.is_floating_point:
+        return
+    largest = max(float(p.detach().abs().max()) for p in loaded.model.parameters() if p.numel())
+    if largest > torch.finfo(dtype).max:
+        console.warn(
+            f"result: a weight is {largest:g}, too large for the base's {device.short_name(dtype)}; kept as fp32"
+        )
+        return
+    loaded.model.to(dtype)
+    console.note(f"result: written in {device.short_name(dtype)}, as the base is; the last checkpoint holds fp32")
 
 
 def _require_space(work_dir: Path, model: Any, config: schema.Config) -> None:
