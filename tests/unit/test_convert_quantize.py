@@ -1,6 +1,8 @@
 """`convert quantize` and `dequantize`: byte for byte what transformers and bitsandbytes save, and back."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from tiny_models import BUILDERS
 
 import tiny_llama
-from fastft.convert import quantize, rewrite, verify
+from fastft.convert import quantize, quantized, rewrite, verify
 from fastft.convert.folder import read_checkpoint, read_weights
 from fastft.convert.four_bit import FourBit, numbers_of
 from fastft.errors import CheckpointError, PlanError, UsageError
@@ -104,6 +106,34 @@ def test_it_loads_and_answers_alike(tmp_path: Path) -> None:
         model = loaded(mine)
         assert torch.equal(model(tokens).logits, expected)
         assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 11)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("skip", [(), ("o_proj", "model.layers.1")])
+@pytest.mark.parametrize("name", ["Gemma", "Gemma2", "Gemma3", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3"])
+def test_names_say_what_the_model_says(tmp_path: Path, name: str, skip: tuple[str, ...], *, tied: bool) -> None:
+    """The layers told by names alone, without torch, are those that transformers tells by modules."""
+    import transformers
+    from tiny_models import TEXT
+
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")(config(**{**TEXT, "tie_word_embeddings": tied}))
+    model.save_pretrained(tmp_path / "base")
+    base = read_checkpoint(tmp_path / "base")
+    by_names = quantized._by_plain_names(base, skip)
+    by_model = quantized._by_model(base, skip)
+    assert by_names == by_model
+
+
+def test_a_plain_model_is_quantized_without_torch(tmp_path: Path) -> None:
+    base = tiny_llama.write_base(tmp_path / "base")
+    code = (
+        "import sys; from pathlib import Path; from fastft.convert import quantize, rewrite;"
+        "from fastft.convert.four_bit import FourBit;"
+        f"rewrite.execute(quantize.plan_quantize(Path({str(base)!r}), FourBit()), Path({str(tmp_path / 'out')!r}));"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_a_tied_head_stays(tmp_path: Path) -> None:

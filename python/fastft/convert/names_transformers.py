@@ -149,11 +149,9 @@ class ModelNames:
         kept: list[str] = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001 - as the quantizer asks it
         return sorted(kept)
 
-    def linear_modules(self, pattern: str | None = None) -> list[str]:
-        """List the linear layers by their paths; with `pattern` those that it matches as transformers matches it."""
-        from transformers.quantizers.quantizers_utils import should_convert_module
-
-        return [path for path, _ in self._linear() if pattern is None or not should_convert_module(path, [pattern])]
+    def linear_modules(self) -> list[str]:
+        """List the linear layers by their paths."""
+        return [path for path, _ in self._linear()]
 
     def linear_tensors(self, kept: Sequence[str] | None) -> dict[str, bool]:
         """Find the tensors of the files that transformers holds in 4 bit.

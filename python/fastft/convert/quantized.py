@@ -1,10 +1,13 @@
 """Which tensors of a plan become 4-bit, and what each becomes: for `convert quantize` and `convert merge --quantize`.
 
-transformers decides by the modules of the model: every linear layer but the head and what is tied to it. The model's
-class is built without weights for it; for a model that runs its own code the names of its tensors must do.
+transformers decides by the modules of the model: every linear layer but the head and what is tied to it. For the plain
+decoders in `_PLAIN` the names in the files say that as well (a test holds them against transformers); for other models
+the class is built without weights, which costs the import of torch; and for a model that runs its own code the names of
+its tensors must do.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,11 +20,18 @@ from fastft.convert.four_bit import NESTED_BLOCK, FourBit, code_book, dynamic_ma
 from fastft.convert.plan import Bytes, Numbers, OutputTensor, Quantize, ScalesOf
 from fastft.convert.size import readable
 from fastft.convert.source import CONFIG_DTYPES, DTYPE_BYTES, FLOATS
-from fastft.convert.tied import is_embedding
+from fastft.convert.tied import find_tied, is_embedding
 from fastft.errors import PlanError, UsageError
 
 # Ends of the names of heads, where the class of the model is not known.
 _HEADS = ("lm_head.weight", "output.weight", "embed_out.weight", "score.weight")
+# Decoders whose every matrix in a layer is an nn.Linear of the same name, and nothing else is but the head.
+_PLAIN = frozenset({
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GemmaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
+    "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+})  # fmt: skip
+_OUTSIDE_LAYERS = frozenset({"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"})
+_IN_LAYER = re.compile(r"model\.layers\.\d{1,6}\.(self_attn|mlp|\w*norm)(\.\w+)?\.(weight|bias)", re.ASCII)
 # A quarter of the weights and more in 16 bit is worth a word.
 _MUCH = 0.25
 
@@ -53,7 +63,10 @@ def layers(base: Checkpoint, skip: Sequence[str] = ()) -> Layers:
             4-bit form back; or there is no linear layer.
         UsageError: `skip` names something that is no linear layer.
     """
-    found = _by_names(base, skip) if base.config.get("auto_map") else _by_model(base, skip)
+    if base.config.get("auto_map"):
+        found = _by_names(base, skip)
+    else:
+        found = _by_plain_names(base, skip) or _by_model(base, skip)
     if not found.tensors:
         raise PlanError(f"{base.folder}: no linear layer is left that could be quantized")
     kept = sum(source.nbytes for name, source in base.tensors.items() if name not in found.tensors)
@@ -130,6 +143,51 @@ def _given(name: str, dtype: str, content: bytes) -> OutputTensor:
     return OutputTensor(name, dtype, (len(content) // DTYPE_BYTES[dtype],), Bytes(content))
 
 
+def _by_plain_names(base: Checkpoint, skip: Sequence[str]) -> Layers | None:
+    """Choose by the names, for models of which they say all; None: only the model's class knows."""
+    plain = base.config.get("architectures") in [[name] for name in _PLAIN]
+    known = all(name in _OUTSIDE_LAYERS or _IN_LAYER.fullmatch(name) for name in base.tensors)
+    if not plain or not known:
+        return None
+    paths = [
+        name.removesuffix(".weight")
+        for name, source in base.tensors.items()
+        if name.startswith("model.layers.") and name.endswith(".weight") and len(source.shape) == 2
+    ]
+    # What transformers leaves by itself: the head, what is tied to it, and the last module, which is one of them.
+    tied = find_tied(base.config, base.tensors) is not None
+    default = {"lm_head", "model.embed_tokens", "model.norm"} if tied else {"lm_head"}
+    _check_skip(skip, [*paths, "lm_head"], base.config["architectures"][0])
+    tensors = {f"{path}.weight": False for path in paths if not any(_matches(pattern, path) for pattern in skip)}
+    return Layers(tensors, tuple(sorted({*default, *skip})) if skip else None)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Tell whether transformers takes `pattern` for (the beginning, at a dot, or the end of) a module's path.
+
+    Source: transformers 5.23, quantizers/quantizers_utils.py.
+    """
+    return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", path) is not None or path.endswith(pattern)
+
+
+def _check_skip(skip: Sequence[str], paths: Sequence[str], what: str) -> None:
+    """Refuse a pattern that matches no linear layer.
+
+    Raises:
+        UsageError: naming the nearest.
+    """
+    for pattern in skip:
+        try:
+            known = any(_matches(pattern, path) for path in paths)
+        except re.error as error:
+            raise UsageError(f"--skip {pattern}: is no regular expression: {error}") from error
+        if not known:
+            ends = {path.rpartition(".")[2] for path in paths}
+            near = get_close_matches(pattern, [*sorted(ends), *paths], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"--skip {pattern}: no linear layer of {what} has that name{hint}")
+
+
 def _by_model(base: Checkpoint, skip: Sequence[str]) -> Layers:
     from fastft.convert.names_transformers import ModelNames, build_model
 
@@ -139,13 +197,7 @@ def _by_model(base: Checkpoint, skip: Sequence[str]) -> Layers:
         raise PlanError(f"{base.folder}: which layers are linear only the model's class says, and {error}") from error
     names = ModelNames({name: source.shape for name, source in base.tensors.items()}, model)
     default = names.kept_modules()
-    unknown = [name for name in skip if not names.linear_modules(name)]
-    if unknown:
-        paths = names.linear_modules()
-        ends = {path.rpartition(".")[2] for path in paths}
-        near = get_close_matches(unknown[0], [*sorted(ends), *paths], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"--skip {unknown[0]}: no linear layer of {type(model).__name__} has that name{hint}")
+    _check_skip(skip, names.linear_modules(), type(model).__name__)
     kept = tuple(sorted({*default, *skip})) if skip else None
     return Layers(names.linear_tensors(kept), kept)
 
