@@ -76,7 +76,7 @@ class Arithmetic:
         """Bound what another order of the sum can change, for a plain merge; None for the rest.
 
         The error of a sum of r products and two further operations is at most (r + 3) * 2^-24 times the sum of the
-        magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+        magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); both sums have one.
         """
         import numpy as np
 
@@ -85,7 +85,7 @@ class Arithmetic:
         rank = sum(delta.rank for delta in self._operation.deltas)
         magnitude = np.abs(_floats(self._operation.source, start, count))
         magnitude += self._sum_of(self._operation.deltas, start, magnitude.shape, magnitudes=True)
-        bound = magnitude * np.float32((rank + 3) * 2.0**-24)
+        bound = magnitude * np.float32(2 * (rank + 3) * 2.0**-24)
         if self._operation.round_delta:
             # The product may round to the neighbour of what it rounds to here.
             product = self._sum_of(self._operation.deltas, start, magnitude.shape)
