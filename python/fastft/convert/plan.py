@@ -95,7 +95,7 @@ class Merge:
 class Dora:
     """W + D with each row scaled to its trained magnitude (each column where the delta is transposed).
 
-    Where a delta names rows, only those are scaled; rows belong to one delta.
+    Where a delta names rows, only those are scaled; a row belongs to one delta.
     """
 
     source: Source
@@ -279,11 +279,6 @@ def index_name(single: str = SINGLE) -> str:
     return INDEX if single == SINGLE else f"{single}.index.json"
 
 
-def is_computed(operation: Operation) -> bool:
-    """Tell whether `computed` makes the tensor, because the native stream has no such arithmetic."""
-    return isinstance(operation, Dora | Shift)
-
-
 def with_sources(
     operation: Operation, changed: Mapping[Source, Source] | None = None
 ) -> tuple[Operation, list[Source]]:
@@ -343,7 +338,7 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
                     "name": tensor.name,
                     "dtype": tensor.dtype,
                     "shape": tensor.shape,
-                    "op": _operation(tensor.operation, tensor.dtype, side),
+                    "op": _operation(tensor.operation, side),
                 }
                 for tensor in shard.tensors
             ],
@@ -353,7 +348,7 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
     return json.dumps({"files": list(files), "shards": plan})
 
 
-def _operation(operation: Operation, dtype: str, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
+def _operation(operation: Operation, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
     match operation:
         case Copy(source):
             return {"kind": "copy", "source": side(source)}
@@ -364,9 +359,14 @@ def _operation(operation: Operation, dtype: str, side: Callable[[Source], dict[s
                 "kind": "rows",
                 "parts": [{"source": side(part.source), "start": part.start, "count": part.count} for part in parts],
             }
-        case Dora(source) | Shift(source):
-            # The base for now; `computed` writes over it.
-            return {"kind": "copy" if source.dtype == dtype else "cast", "source": side(source)}
+        case Shift(source, addends):
+            return {
+                "kind": "shift",
+                "source": side(source),
+                "addends": [
+                    {"source": side(addend.source), "scale": addend.scale, "rows": addend.rows} for addend in addends
+                ],
+            }
         case PeftLayer():
             raise AssertionError("peft_layers.materialized makes copies of these")
         case Bytes(content):
@@ -374,11 +374,10 @@ def _operation(operation: Operation, dtype: str, side: Callable[[Source], dict[s
         case ScalesOf(tensor, nested):
             return {"kind": "nested_absmax_of" if nested else "absmax_of", "tensor": tensor}
         case Quantize(of, numbers_dtype, shape, four_bit, transposed, offset):
-            assert not isinstance(of, Dora | Shift), "these are not numbers of the stream"
             assert not four_bit.double_quant or offset is not None, "offsets.found comes before"
             return {
                 "kind": "quantize",
-                "of": _operation(of, numbers_dtype, side),
+                "of": _operation(of, side),
                 "dtype": numbers_dtype,
                 "shape": shape,
                 "quant_type": four_bit.type,
@@ -391,15 +390,19 @@ def _operation(operation: Operation, dtype: str, side: Callable[[Source], dict[s
                 "kind": "merge",
                 "source": side(source),
                 "round_delta": round_delta,
-                "deltas": [
-                    {
-                        "a": side(delta.a),
-                        "b": side(delta.b),
-                        "scale": delta.scale,
-                        "transposed": delta.transposed,
-                        "rows": delta.rows,
-                        "b_columns": delta.b_columns,
-                    }
-                    for delta in deltas
-                ],
+                "deltas": [_delta(delta, side) for delta in deltas],
             }
+        case Dora(source, deltas):
+            return {"kind": "dora", "source": side(source), "deltas": [_delta(delta, side) for delta in deltas]}
+
+
+def _delta(delta: Delta, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "a": side(delta.a),
+        "b": side(delta.b),
+        "scale": delta.scale,
+        "transposed": delta.transposed,
+        "rows": delta.rows,
+        "b_columns": delta.b_columns,
+        "magnitude": None if delta.magnitude is None else side(delta.magnitude),
+    }

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastft import _native, console
-from fastft.convert.computed import fill_in
 from fastft.convert.folder import read_safetensors
 from fastft.convert.plan import Shard, index_name, index_text, native_json
 from fastft.errors import CheckpointError, PlanError
@@ -50,7 +49,6 @@ def write_shards(
             progress=lambda now, in_all: advance(total * now / max(in_all, 1)),
             device=_gpu() if on_gpu else None,
         )
-    fill_in(shards, folder)
     if len(shards) > 1:
         (folder / index_name(single)).write_text(index_text(shards), encoding="utf-8")
     check_written(shards, folder)

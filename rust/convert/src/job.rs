@@ -8,6 +8,7 @@ use fastft_checkpoint::{Dtype, Error, Input, Layout, Result, TensorSpec};
 use fastft_kernels::Element;
 
 use crate::content::{self, Content};
+use crate::dora::Dora;
 use crate::merge::Merge;
 use crate::plan::{Operation, Part, Plan, Source, Tensor};
 use crate::quantize::{Companion, Quantize};
@@ -52,6 +53,8 @@ pub(crate) enum Kind {
     Rows { parts: Vec<PartPlace>, to: Option<Element> },
     /// Rows are read and low-rank products added.
     Merge(Box<Merge>),
+    /// The same, and rows or columns scaled to their magnitudes.
+    Dora(Box<Dora>),
     /// A row is a byte.
     Bytes(Vec<u8>),
     /// Rows are those of the operation inside.
@@ -241,6 +244,16 @@ impl Check<'_> {
             Operation::Merge { source, deltas, round_delta } => {
                 self.same_count(tensor, source)?;
                 let merge = Merge::check(self, source, self.element(tensor.dtype)?, deltas, *round_delta)?;
+                Ok((merge.num_rows(), Kind::Merge(Box::new(merge))))
+            }
+            Operation::Dora { source, deltas } => {
+                self.same_count(tensor, source)?;
+                let dora = Dora::check(self, source, self.element(tensor.dtype)?, deltas)?;
+                Ok((dora.num_rows(), Kind::Dora(Box::new(dora))))
+            }
+            Operation::Shift { source, addends } => {
+                self.same_count(tensor, source)?;
+                let merge = Merge::check_shift(self, source, self.element(tensor.dtype)?, addends)?;
                 Ok((merge.num_rows(), Kind::Merge(Box::new(merge))))
             }
             Operation::Bytes { hex } => {

@@ -8,6 +8,7 @@
 
 mod content;
 pub mod device;
+mod dora;
 pub mod job;
 mod merge;
 pub mod plan;

@@ -73,6 +73,21 @@ pub enum Operation {
         #[serde(default)]
         round_delta: bool,
     },
+    /// As a merge; then each row of a product with a magnitude is scaled to it (each column where the product is
+    /// transposed). A row takes one product.
+    Dora {
+        /// The base weight, same number of values as the output.
+        source: Source,
+        /// What is added, with the magnitudes.
+        deltas: Vec<Delta>,
+    },
+    /// The source, a vector, plus vectors.
+    Shift {
+        /// The base, same number of values as the output.
+        source: Source,
+        /// What is added.
+        addends: Vec<Addend>,
+    },
     /// Given bytes.
     Bytes {
         /// Two digits a byte.
@@ -205,6 +220,22 @@ pub struct Delta {
     #[serde(default)]
     pub b_columns: Option<(u64, u64)>,
     /// `[row of the weight, row of the product, number of rows]`: where which rows go; all of them when absent.
+    #[serde(default)]
+    pub rows: Option<Vec<(u64, u64, u64)>>,
+    /// Of `DoRA`: the norm of each row of the product (of each column where it is transposed) after the update.
+    #[serde(default)]
+    pub magnitude: Option<Source>,
+}
+
+/// A vector `scale * v` that is added to another.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Addend {
+    /// v.
+    pub source: Source,
+    /// What it is multiplied by; rounded to f32.
+    pub scale: f64,
+    /// As in [`Delta::rows`].
     #[serde(default)]
     pub rows: Option<Vec<(u64, u64, u64)>>,
 }

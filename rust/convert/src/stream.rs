@@ -360,6 +360,7 @@ impl<'a> Stream<'a> {
             bytes_read: &self.bytes_read,
             forget: !self.scan,
             device: self.device,
+            stopped: &self.stopped,
         };
         if self.scan {
             if let Kind::Quantize(quantize) = &made.kind {

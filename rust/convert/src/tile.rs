@@ -1,7 +1,7 @@
 //! Makes one tile: some rows of one output tensor, in a buffer.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use fastft_checkpoint::{Error, Input, Result};
 use fastft_kernels::{Cpu, Element, cast};
@@ -19,6 +19,8 @@ pub struct Buffers {
     pub output: Vec<u8>,
     /// Numbers that are quantized.
     pub values: Vec<u8>,
+    /// Weights in f32 before they are scaled to their magnitudes.
+    pub updated: Vec<u8>,
 }
 
 /// Reads for one tensor, and names it in errors.
@@ -37,6 +39,8 @@ pub struct Reader<'a> {
     pub forget: bool,
     /// Where merges are computed, if not here.
     pub device: Option<&'a dyn Device>,
+    /// Whether the run was stopped: who waits for another worker gives up.
+    pub stopped: &'a AtomicBool,
 }
 
 impl Reader<'_> {
@@ -53,6 +57,11 @@ impl Reader<'_> {
     /// The file of `place`.
     pub fn path(&self, place: Place) -> &Path {
         self.inputs[place.input].path()
+    }
+
+    /// Whether the run was stopped.
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
     }
 
     /// A refusal that names the tensor.
@@ -106,7 +115,11 @@ pub fn make_rows(
             narrow(reader, *from, &buffers.input, *to, &mut buffers.output)
         }
         Kind::Rows { parts, to } => gather(reader, parts, *to, row_bytes, first, buffers),
-        Kind::Merge(merge) => merge.make(reader, first, buffers),
+        Kind::Merge(merge) => {
+            let Buffers { input, output, .. } = buffers;
+            merge.make(reader, first, input, output)
+        }
+        Kind::Dora(dora) => dora.make(reader, first, buffers),
         Kind::Bytes(bytes) => {
             buffers.output.copy_from_slice(&bytes[first..first + count]);
             Ok(())
@@ -119,6 +132,7 @@ pub fn make_rows(
 pub fn finish(kind: &Kind, tensor: &str, device: Option<&dyn Device>) {
     match kind {
         Kind::Merge(merge) => merge.finish(tensor, device),
+        Kind::Dora(dora) => dora.finish(tensor, device),
         Kind::Cast { content, .. } => content.finish(),
         Kind::Rows { parts, .. } => parts.iter().for_each(|part| part.content.finish()),
         Kind::Quantize(quantize) => finish(&quantize.inner, tensor, device),

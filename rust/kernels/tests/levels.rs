@@ -2,6 +2,7 @@
 //! values. What this CPU cannot run is named in the output of `levels_of_this_cpu` (`--no-capture`).
 
 use fastft_kernels::cast::{cast, narrow, widen};
+use fastft_kernels::dora::{self, Factors};
 use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, Rounding, merge};
 use fastft_kernels::nf4::{self, Blocks, Code};
 use fastft_kernels::parallel;
@@ -439,4 +440,96 @@ fn a_delta_can_be_rounded_first() {
             assert_eq!(target, expected, "{cpu:?} {to:?}");
         }
     }
+}
+
+/// Norms of rows, sums of columns, and for each element and kind of factors the values and whether they are finite.
+type Scaled = (Vec<u32>, Vec<u32>, Vec<(Vec<u8>, bool)>);
+
+/// All that `DoRA`'s kernels make of a band; one NaN stands for all in sums.
+fn scaled(cpu: Cpu, band: Band, values: &[u8], factors: &[Vec<f32>; 2]) -> Scaled {
+    let one_nan = |values: &[f32]| {
+        values.iter().map(|value| if value.is_nan() { 0x7FC0_0000 } else { value.to_bits() }).collect::<Vec<_>>()
+    };
+    let (mut norms, mut sums) = (vec![-1.0; band.rows], vec![0.25; band.columns]);
+    assert_eq!(dora::norms_of_rows(cpu, band, values, &mut norms), Ok(()));
+    assert_eq!(dora::add_squares_of_rows(cpu, band, values, &mut sums), Ok(()));
+    let mut results = Vec::new();
+    for to in Element::ALL {
+        for factors in [Factors::OfRows(&factors[0]), Factors::OfColumns(&factors[1])] {
+            let mut target = vec![0xAA; band.rows * band.columns * to.size_bytes()];
+            let finite = dora::scale(cpu, band, values, factors, to, &mut target);
+            results.push((target, finite.unwrap_or_else(|error| unreachable!("{error}"))));
+        }
+    }
+    (one_nan(&norms), one_nan(&sums), results)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn dora_agrees(rows in 0_usize..14, columns in prop_oneof![0_usize..70, 1000_usize..1100], any_bits: bool, seed: u64) {
+        let mut random = Random(seed);
+        let band = Band { rows, columns };
+        let count = rows * columns;
+        let values = if any_bits { random.bytes(count * 4) } else { weights(&mut random, Element::F32, count) };
+        let factors = [random.values(rows), random.values(columns)];
+        let expected = scaled(scalar(), band, &values, &factors);
+        for_each_level(|cpu| assert_eq!(scaled(cpu, band, &values, &factors), expected, "{cpu:?}"));
+    }
+
+    /// Against f64. A sum of n squares in f32 is off by at most n 2^-24 of itself whatever its order (Higham, section
+    /// 4.2, and each square's own rounding), its root by half of that and its own rounding; first order, hence the 1.01.
+    /// The product is rounded once in f32 and once to the target.
+    #[test]
+    fn dora_is_right(rows in 1_usize..7, columns in 1_usize..300, seed: u64, to in element()) {
+        let mut random = Random(seed);
+        let band = Band { rows, columns };
+        let values = random.values(rows * columns);
+        let stored: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let (mut norms, mut sums) = (vec![0.0; rows], vec![0.0; columns]);
+        prop_assert_eq!(dora::norms_of_rows(scalar(), band, &stored, &mut norms), Ok(()));
+        prop_assert_eq!(dora::add_squares_of_rows(scalar(), band, &stored, &mut sums), Ok(()));
+        let near = |found: f32, squares: &mut dyn Iterator<Item = f32>, count: usize| {
+            let exact = squares.map(|value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt();
+            #[expect(clippy::cast_precision_loss, reason = "a count is small")]
+            let bound = 1.01 * (count as f64 / 2.0 + 1.0) * 2f64.powi(-24) * exact;
+            (f64::from(found) - exact).abs() <= bound
+        };
+        for (row, norm) in values.chunks_exact(columns).zip(&norms) {
+            prop_assert!(near(*norm, &mut row.iter().copied(), columns));
+        }
+        for (column, sum) in sums.iter().enumerate() {
+            prop_assert!(near(sum.sqrt(), &mut values.iter().skip(column).step_by(columns).copied(), rows));
+        }
+        let factors = random.values(rows);
+        let mut target = vec![0; values.len() * to.size_bytes()];
+        prop_assert_eq!(dora::scale(scalar(), band, &stored, Factors::OfRows(&factors), to, &mut target), Ok(true));
+        let products: Vec<_> = values.iter().enumerate().map(|(index, value)| value * factors[index / columns]).collect();
+        let mut expected = vec![0; target.len()];
+        prop_assert_eq!(narrow(scalar(), &products, to, &mut expected), Ok(true));
+        prop_assert_eq!(target, expected);
+    }
+}
+
+#[test]
+fn dora_says_what_is_not_finite() {
+    let band = Band { rows: 2, columns: 20 };
+    for cpu in Level::ALL.into_iter().filter_map(Cpu::at) {
+        let finite = |values: &[f32], factors, to: Element| {
+            let stored: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            dora::scale(cpu, band, &stored, factors, to, &mut vec![0; 40 * to.size_bytes()])
+        };
+        let mut values = vec![1.0; 40];
+        assert_eq!(finite(&values, Factors::OfRows(&[1.0, 65519.0]), Element::F16), Ok(true));
+        assert_eq!(finite(&values, Factors::OfRows(&[1.0, 65520.0]), Element::F16), Ok(false));
+        assert_eq!(finite(&values, Factors::OfRows(&[1.0, f32::INFINITY]), Element::F32), Ok(false));
+        assert!(finite(&values, Factors::OfRows(&[1.0]), Element::F32).is_err());
+        assert!(finite(&values, Factors::OfColumns(&[1.0, 2.0]), Element::F32).is_err());
+        values[38] = f32::INFINITY;
+        assert_eq!(finite(&values, Factors::OfRows(&[1.0, 0.0]), Element::Bf16), Ok(false));
+        assert!(finite(&values[..39], Factors::OfRows(&[1.0, 1.0]), Element::Bf16).is_err());
+    }
+    assert!(dora::norms_of_rows(scalar(), band, &[0; 160], &mut [0.0; 3]).is_err());
+    assert!(dora::add_squares_of_rows(scalar(), band, &[0; 160], &mut [0.0; 2]).is_err());
 }
