@@ -13,7 +13,7 @@ from typing import Any
 from fastft import console
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
-from fastft.model import adapter, device, quantization, quiet
+from fastft.model import adapter, device, memory, quantization, quiet
 from fastft.model.quantization import Quantized
 from fastft.model.tokenizer import load_tokenizer
 
@@ -55,6 +55,7 @@ class Loaded:
         base: where it lies.
         quantized: how a 4-bit base is held, None for a plain one.
         products: torch dtype to which fp32 weights are rounded in products; None: they are multiplied as they are.
+        memory: the memory switches that are in use.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class Loaded:
     base: Base
     quantized: Quantized | None
     products: Any
+    memory: memory.Switches
 
 
 def locate(model: schema.Model) -> Base:
@@ -157,7 +159,9 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if config.method.lora is not None:
         model = adapter.attach(model, config.method.lora, base.name)
     products = device.products_dtype(config.model.dtype, dtype, kind, on)
-    return Loaded(model, tokenizer, base.folder, base, quantized, products)
+    switches = memory.choose(config, memory.facts_of(model, on), on)
+    memory.install(model, switches, on)
+    return Loaded(model, tokenizer, base.folder, base, quantized, products, switches)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
