@@ -1,8 +1,8 @@
 """The embedding in host RAM: the same rows, invisible to `.to`, `state_dict` and the model's device."""
 
+import tiny_models
 import torch
 
-import tiny_models
 from fastft.model import host_embedding
 
 
