@@ -6,6 +6,7 @@ The order matters to a run, which checks its data (tokenizer needed) before it r
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from fastft import console
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
-from fastft.model import adapter, device, memory, quantization, quiet
+from fastft.model import adapter, device, memory, placement, quantization, quiet
 from fastft.model.quantization import Quantized
 from fastft.model.tokenizer import load_tokenizer
 
@@ -126,7 +127,6 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         CheckpointError: weights or config cannot be read, or the tokenizer knows more tokens than the model.
     """
     quiet.prepare_libraries()
-    import torch
 
     quiet.hide_loading_bars()
     on = device.choose()
@@ -150,7 +150,8 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
             settings["quantization_config"] = quantization.settings(config.method.quantization, on)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
-        model = _read(base, model_config, dtype, settings, torch.device(on))
+        places = placement.device_map(config.memory, model_config, str(on))
+        model = _read(base, model_config, dtype, settings, places)
     _check_vocabulary(model, tokenizer, base)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
@@ -209,14 +210,18 @@ def _draw(model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int)
     return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
 
 
-def _read(base: Base, model_config: Any, dtype: Any, settings: Mapping[str, Any], on: Any) -> Any:
+def _read(base: Base, model_config: Any, dtype: Any, settings: Mapping[str, Any], places: Mapping[str, str]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    place = {"device_map": {"": str(on)}} if "quantization_config" in settings or on.type == "cuda" else {}
+    place = {"device_map": dict(places)} if "quantization_config" in settings or places[""] != "cpu" else {}
+    several = len(places) > 1
+    if several:
+        quantization.allow_parts_in_ram(settings.get("quantization_config"), model_config)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            base.weights_folder, config=model_config, dtype=dtype, **place, **settings
-        )
+        with placement.without_offload_hooks() if several else nullcontext():
+            return AutoModelForCausalLM.from_pretrained(
+                base.weights_folder, config=model_config, dtype=dtype, **place, **settings
+            )
     except (OSError, ValueError, KeyError) as cause:
         raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
 
