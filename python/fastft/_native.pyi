@@ -73,7 +73,7 @@ class TensorInfo:
     def __ne__(self, other: object, /) -> bool: ...
 
 def build_info() -> _BuildInfo:
-    """Version, CPU level ("scalar", "avx2", "avx512"), number of cores, and the commit if it was known when built.
+    """Version, CPU level ("scalar", "neon", "avx2", "avx512"), number of cores, and the commit if it was known when built.
 
     Raises:
         ValueError: FASTFT_SIMD names a level that is unknown or that this CPU lacks.

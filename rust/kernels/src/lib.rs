@@ -12,5 +12,12 @@ pub mod merge;
 pub mod nf4;
 pub mod parallel;
 
+// The runner of all levels once more, as part of this crate: here `Level::Neon` is compiled on any CPU.
+#[cfg(test)]
+extern crate self as fastft_kernels;
+#[cfg(test)]
+#[path = "../tests/levels.rs"]
+mod levels;
+
 pub use element::Element;
 pub use level::{Cpu, Level, LevelError};

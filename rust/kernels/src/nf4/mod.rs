@@ -18,7 +18,9 @@ use thiserror::Error;
 
 use crate::cast::{LengthError, check_length, widen_unchecked};
 use crate::element::Element;
-use crate::level::{Cpu, Level};
+use crate::level::Cpu;
+#[cfg(target_arch = "x86_64")]
+use crate::level::Level;
 
 /// A code book.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
