@@ -128,16 +128,14 @@ def test_a_layer_like_a_models_own(dtype: str) -> None:
     blocks = differ // 64
     for place, block in zip(differ, blocks, strict=True):
         assert _near_a_border(plain[place : place + 1], absmax[block : block + 1], 64).all()
-    unpacked = [
-        bnb.dequantize_4bit(packed, state).cpu() for packed, state in ((ours, our_state), (theirs, their_state))
-    ]
-    same = np.ones(len(plain), bool)
-    same[differ] = False
-    assert torch.equal(unpacked[0].flatten()[same], unpacked[1].flatten()[same])
+    # The definition; bitsandbytes' own CPU code gives other numbers in fp16 on CPUs that compute in it.
+    book = bnb.get_4bit_type("nf4", device="cpu").numpy()
+    expected = torch.from_numpy(book[codes[0]] * np.repeat(absmax, 64)).to(weight.dtype)
+    assert torch.equal(bnb.dequantize_4bit(ours, our_state).cpu().flatten(), expected)
 
 
 def test_double_quantized_scales() -> None:
-    """The GPU takes the nearest 8-bit value; the CPU's table is off by at most the next one."""
+    """The GPU takes the nearest 8-bit value; the CPU's table has cells of 2/65535, wider than the steps near zero."""
     import bitsandbytes.functional as bnb
     import torch
 
@@ -155,8 +153,8 @@ def test_double_quantized_scales() -> None:
         chosen = book[ours.cpu().numpy()]
         nearest = np.abs(scaled[:, None] - book[None, :]).min(axis=1)
         assert (np.abs(scaled - chosen) <= nearest + NEAR_BORDER).all()
-        off = np.abs(ours.cpu().numpy().astype(int) - np.frombuffer(codes, np.uint8))
-        assert (off <= 1).all()
+        off = ours.cpu().numpy() != np.frombuffer(codes, np.uint8)
+        assert (np.abs(scaled - book[np.frombuffer(codes, np.uint8)]) <= nearest + 1 / 65535).all()
         compared += len(centred)
         differing += int((off != 0).sum())
     print(f"8-bit scales: {differing} of {compared} codes differ between GPU and CPU")

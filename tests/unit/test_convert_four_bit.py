@@ -41,7 +41,9 @@ def test_bitsandbytes(tmp_path: Path, dtype: str, kind: str, blocksize: int, *, 
         weight, blocksize=blocksize, quant_type=kind, compress_statistics=double_quant
     )
     truth = functional.dequantize_4bit(packed, state)
-    lens = Seen(kind, blocksize, double_quant, float(state.offset) if double_quant else None)  # type: ignore[arg-type]
+    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    offset = float(state.offset) if double_quant else None
+    lens = Seen(kind, blocksize, names[dtype], double_quant, offset)  # type: ignore[arg-type]
     source = replace(stored(tmp_path, weight), lens=lens)
     found = four_bit.numbers_of(source, 0, weight.numel())
     back = torch.from_numpy(found.reshape(96, 256)).to(weight.dtype)
@@ -64,7 +66,7 @@ def test_a_last_block_that_is_shorter(tmp_path: Path) -> None:
     torch.manual_seed(1)
     weight = torch.randn(5, 33)
     packed, state = functional.quantize_4bit(weight.reshape(-1), blocksize=64, quant_type="nf4")
-    source = replace(stored(tmp_path, weight), lens=Seen("nf4", 64))
+    source = replace(stored(tmp_path, weight), lens=Seen("nf4", 64, "F32"))
     found = four_bit.numbers_of(source, 0, weight.numel())
     np.testing.assert_array_equal(found, functional.dequantize_4bit(packed, state).numpy())
     codes, scales = four_bit.codes_of(weight.reshape(-1).numpy(), "nf4", 64)

@@ -148,6 +148,36 @@ def test_the_base_of_the_training_by_itself(tmp_path: Path) -> None:
         merge.plan(base, [(adapter, 1.0)])
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    ("stored", "held"), [("float16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+)
+def test_weights_held_in_another_dtype(tmp_path: Path, stored: str, held: str, *, double_quant: bool) -> None:
+    """A training rounds the files' weights to its dtype, packs them, and unpacks them to that dtype."""
+    from bitsandbytes import functional
+    from safetensors.torch import load_file
+
+    base, adapter, _ = build(tmp_path, getattr(torch, stored), None, target_modules=["q_proj"])
+    said = {"quantization": {"type": "nf4", "double_quant": double_quant, "blocksize": 64, "weights_dtype": held}}
+    (adapter / "fastft_training.json").write_text(json.dumps(said))
+    mine = merged(base, adapter, tmp_path / "mine")
+    weights = {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    factors = load_file(adapter / "adapter_model.safetensors")
+    for name, weight in weights.items():
+        assert mine[name].dtype == getattr(torch, stored)
+        if "_proj.weight" not in name:
+            assert torch.equal(mine[name], weight)
+            continue
+        packed, state = functional.quantize_4bit(
+            weight.to(getattr(torch, held)).reshape(-1), quant_type="nf4", compress_statistics=double_quant
+        )
+        seen = functional.dequantize_4bit(packed, state).reshape(weight.shape).float()
+        at = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{at}A.weight" in factors:
+            seen += (factors[f"{at}B.weight"] @ factors[f"{at}A.weight"]) * 2.0
+        assert torch.equal(mine[name], seen.to(getattr(torch, stored))), name
+
+
 def test_a_training_on_a_quantized_folder(tmp_path: Path) -> None:
     """QLoRA on the folder gives the losses of QLoRA on the base that it was made from."""
     data = tiny_run.write_dialogues(tmp_path / "data.jsonl")

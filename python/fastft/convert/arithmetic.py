@@ -83,7 +83,7 @@ class Arithmetic:
         """Bound what another order of the sums can change, for what is no sum: None.
 
         The error of a sum of r products and two further operations is at most (r + 3) * 2^-24 times the sum of the
-        magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+        magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); both sums have one.
         """
         import numpy as np
 
@@ -93,10 +93,10 @@ class Arithmetic:
         if isinstance(operation, Shift):
             magnitude = np.abs(_floats(operation.source, start, count))
             magnitude += np.abs(self._vectors(operation, start, magnitude.shape, magnitudes=True))
-            return magnitude * np.float32((len(operation.addends) + 3) * _UNIT)
+            return magnitude * np.float32(2 * (len(operation.addends) + 3) * _UNIT)
         if not isinstance(operation, Merge):
             return None
-        bound = self._update_bound(operation.source, operation.deltas, start, count)
+        bound = 2 * self._update_bound(operation.source, operation.deltas, start, count)
         if operation.round_delta:
             # The product may round to the neighbour of what it rounds to here.
             product = self._sum_of(operation.deltas, start, bound.shape)

@@ -47,11 +47,13 @@ class FourBit:
         type: the code book.
         double_quant: the scales are quantized too.
         blocksize: numbers that share a scale.
+        weights_dtype: what the weights are rounded to before they are packed, and unpacked to; None: as in the files.
     """
 
     type: QuantType = "nf4"
     double_quant: bool = False
     blocksize: int = 64
+    weights_dtype: str | None = None
 
 
 def code_book(quant_type: str) -> "Float32":
@@ -81,16 +83,20 @@ def numbers_of(source: Source, start: int, count: int) -> "Float32":
 
 def _through(source: Source, lens: Packed | Seen, start: int, count: int) -> "Float32":
     """The same in the order of the blocks, which run over the transpose where the lens says so."""
+    import numpy as np
+
     step = lens.blocksize * (NESTED_BLOCK if isinstance(lens, Seen) and lens.double_quant else 1)
     first = start // step * step
     last = min(-(-(start + count) // step) * step, source.numel)
     if isinstance(lens, Packed):
         found = _unpacked(source, lens, first, last - first)
-    elif lens.transposed:
-        numbers = _flat(replace(source, lens=None), 0, source.numel).reshape(source.shape)
-        found = _seen(numbers.T.reshape(-1), lens)
     else:
-        found = _seen(_flat(replace(source, lens=None), first, last - first), lens)
+        stored = replace(source, lens=None, dtype=lens.stored)
+        if lens.transposed:
+            numbers = np.ascontiguousarray(_flat(stored, 0, source.numel).reshape(source.shape).T).reshape(-1)
+        else:
+            numbers = _flat(stored, first, last - first)
+        found = _seen(values_of(rounded(numbers, source.dtype), source.dtype), lens)
     return values_of(rounded(found, source.dtype), source.dtype)[start - first : start - first + count]
 
 

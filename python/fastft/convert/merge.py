@@ -18,6 +18,8 @@ from fastft.convert.matching import NameOptions
 from fastft.convert.model_config import ConfigEdits
 from fastft.convert.names import BaseNames, Joined, TokenRows, join
 from fastft.convert.plan import (
+    Cast,
+    Copy,
     Delta,
     Dora,
     Merge,
@@ -33,7 +35,7 @@ from fastft.convert.plan import (
 from fastft.convert.rewrite import RewritePlan, execute
 from fastft.convert.sidefiles import side_files
 from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
-from fastft.convert.source import DTYPES, FLOATS, Seen, Source, read_bytes
+from fastft.convert.source import CONFIG_DTYPES, DTYPES, FLOATS, Seen, Source, read_bytes
 from fastft.convert.tied import Tied, find_tied, is_embedding
 from fastft.errors import PlanError, UsageError
 
@@ -178,7 +180,15 @@ def _four_bit_of(adapter: Adapter) -> FourBit | None:
             f"{adapter.folder}: its fastft_training.json says the base was held in {quant_type!r} with blocks of"
             f" {blocksize!r}, which is not known; say --dequantized-base none, nf4 or fp4"
         )
-    return FourBit(quant_type, bool(said.get("double_quant")), blocksize)
+    weights_dtype = said.get("weights_dtype")
+    known = {word: dtype for dtype, word in CONFIG_DTYPES.items()}
+    if weights_dtype is not None and weights_dtype not in known:
+        raise PlanError(
+            f"{adapter.folder}: its fastft_training.json says the weights were unpacked to {weights_dtype!r}, which is"
+            " not known; say --dequantized-base none, nf4 or fp4"
+        )
+    dtype = None if weights_dtype is None else known[weights_dtype]
+    return FourBit(quant_type, bool(said.get("double_quant")), blocksize, dtype)
 
 
 def _rounded_as_peft(tensor: OutputTensor) -> OutputTensor:
@@ -212,7 +222,6 @@ def _onto_four_bit(
         )
     skipped = {name for adapter, _ in adapters for name in _quantization(adapter).get("skip") or ()}
     transposed = base.config.get("model_type") in CONV1D_MODELS
-    lens = Seen(four_bit.type, four_bit.blocksize, four_bit.double_quant, transposed=transposed)
     changed: list[OutputTensor] = []
     for tensor in tensors:
         path = tensor.name.removesuffix(".weight")
@@ -236,7 +245,11 @@ def _onto_four_bit(
             )
         # What the adapter replaces whole has another source, and stays as it is.
         source = base.tensors[tensor.name]
-        operation, _ = with_sources(tensor.operation, {source: replace(source, lens=lens)})
+        lens = Seen(four_bit.type, four_bit.blocksize, source.dtype, four_bit.double_quant, transposed=transposed)
+        seen = replace(source, lens=lens, dtype=four_bit.weights_dtype or source.dtype)
+        operation, _ = with_sources(tensor.operation, {source: seen})
+        if isinstance(operation, Copy) and operation.source.dtype != tensor.dtype:
+            operation = Cast(operation.source)
         changed.append(replace(tensor, operation=operation))
     return changed
 

@@ -13,7 +13,18 @@ import numpy as np
 
 from fastft import _native, console
 from fastft.convert.four_bit import FourBit, mean_of_scales
-from fastft.convert.plan import Bytes, Copy, Numbers, OutputTensor, Quantize, ScalesOf, Shard, native_json, with_sources
+from fastft.convert.plan import (
+    Bytes,
+    Cast,
+    Copy,
+    Numbers,
+    OutputTensor,
+    Quantize,
+    ScalesOf,
+    Shard,
+    native_json,
+    with_sources,
+)
 from fastft.convert.quantized import packed
 from fastft.convert.source import Seen, Source
 
@@ -40,7 +51,8 @@ def found(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
         for source in sorted(unknown, key=lambda source: (source.file, source.offset)):
             lens = source.lens
             assert isinstance(lens, Seen)
-            plain = Copy(replace(source, lens=None))
+            stored = replace(source, lens=None, dtype=lens.stored)
+            plain = Copy(stored) if stored.dtype == source.dtype else Cast(stored)
             four_bit = FourBit(lens.quant_type, blocksize=lens.blocksize)
             offset = _offset(plain, source.dtype, source.shape, four_bit, transposed=lens.transposed)
             known[source] = replace(source, lens=replace(lens, offset=offset))

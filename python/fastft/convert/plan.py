@@ -327,7 +327,7 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
             through["nested"] = None if nested is None else {"absmax": side(nested.absmax), "offset": nested.offset}
             return {**found, "packed": through}
         assert not lens.double_quant or lens.offset is not None, "offsets.found comes before"
-        return {**found, "seen": {**through, "offset": lens.offset}}
+        return {**found, "seen": {**through, "stored": lens.stored, "offset": lens.offset}}
 
     plan = [
         {

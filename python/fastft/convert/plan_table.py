@@ -93,7 +93,7 @@ def _through(source: Source) -> dict[str, object]:
     match source.lens:
         case Packed():
             found["dequantized"] = source.lens.quant_type
-        case Seen(quant_type, _, double_quant):
+        case Seen(quant_type=quant_type, double_quant=double_quant):
             found["as_trained"] = quant_type + (" with double quantization" if double_quant else "")
     return found
 

@@ -92,11 +92,14 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The numbers are quantized to 4 bit and back as they are read, and rounded to their dtype: what QLoRA sees.
+    """The numbers go through 4 bit as they are read: what QLoRA sees.
+
+    They are rounded to the source's dtype, quantized, dequantized, and rounded to it again.
 
     Attributes:
         quant_type: nf4 or fp4.
         blocksize: numbers that share a scale.
+        stored: dtype in the file.
         double_quant: the scales go through 8 bit.
         offset: with double quantization the mean of the scales; None: not known yet (`offsets.found`).
         transposed: the blocks run over the transpose (GPT-2's Conv1D).
@@ -104,6 +107,7 @@ class Seen:
 
     quant_type: QuantType
     blocksize: int
+    stored: str
     double_quant: bool = False
     offset: float | None = None
     transposed: bool = False

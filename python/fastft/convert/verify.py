@@ -301,9 +301,12 @@ def _explained(
         if bound is None:
             return False
         center = exact[first : first + number]
-        low, high = (values_of(rounded(edge, dtype), dtype) for edge in (center - bound, center + bound))
+        # Numbers of the base that are not finite have no bounds; they are equal, or not to be explained.
+        with np.errstate(invalid="ignore"):
+            low, high = (values_of(rounded(edge, dtype), dtype) for edge in (center - bound, center + bound))
         part = found[first : first + number]
-        if not np.all((low <= part) & (part <= high)):
+        equal = ~differing.reshape(exact.shape)[first : first + number]
+        if not np.all((low <= part) & (part <= high) | equal):
             return False
     return True
 

@@ -9,7 +9,7 @@ use fastft_kernels::nf4::{self, Blocks, Code, nested};
 
 use crate::job::{Check, Number, Place};
 use crate::plan::{Packed, Seen, Source};
-use crate::tile::Reader;
+use crate::tile::{self, Reader};
 
 /// A checked source of numbers.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ struct Lens {
 #[derive(Debug)]
 enum Kind {
     Packed(Scales),
-    Seen { offset: Option<f32> },
+    Seen { from: Number, offset: Option<f32> },
 }
 
 #[derive(Clone, Debug)]
@@ -105,7 +105,10 @@ impl Lens {
 
     fn seen(check: &Check, source: &Source, seen: &Seen) -> Result<Self> {
         let blocks = blocks(check, &seen.quant_type, seen.blocksize)?;
-        let kind = Kind::Seen { offset: seen.offset.map(|value| offset(check, value)).transpose()? };
+        let kind = Kind::Seen {
+            from: check.number(seen.stored)?,
+            offset: seen.offset.map(|value| offset(check, value)).transpose()?,
+        };
         let transposed = if seen.transposed { Some(matrix(check, source)?) } else { None };
         let num_values = num_values(check, source)?;
         Ok(Self { blocks, element: check.element(source.dtype)?, num_values, kind, transposed, kept: Mutex::default() })
@@ -124,7 +127,7 @@ impl Lens {
         }
         // Whole blocks, and with double quantization whole blocks of scales; only the tensor's end may cut one.
         let step = match &self.kind {
-            Kind::Seen { offset: Some(_) } => self.blocks.size() * nested::BLOCK,
+            Kind::Seen { offset: Some(_), .. } => self.blocks.size() * nested::BLOCK,
             _ => self.blocks.size(),
         };
         let start = first / step * step;
@@ -140,30 +143,21 @@ impl Lens {
 
     /// Reads from the start of a block to the end of one.
     fn read_blocks(&self, reader: &Reader, place: Place, start: usize, target: &mut [u8]) -> Result<()> {
-        let refuse = |error: nf4::Error| reader.refuse(&error.to_string());
-        let count = target.len() / self.element.size_bytes();
-        let num_blocks = count.div_ceil(self.blocks.size());
-        let mut packed = vec![0; count.div_ceil(2)];
         match &self.kind {
             Kind::Packed(scales) => {
+                let refuse = |error: nf4::Error| reader.refuse(&error.to_string());
+                let count = target.len() / self.element.size_bytes();
+                let num_blocks = count.div_ceil(self.blocks.size());
+                let mut packed = vec![0; count.div_ceil(2)];
                 let first_block = start / self.blocks.size();
                 let kept = self.scales(reader, scales)?;
                 reader.read(ahead(place, start / 2), &mut packed)?;
                 let absmax = &kept[first_block..first_block + num_blocks];
                 nf4::dequantize(reader.cpu, self.blocks, &packed, absmax, self.element, target).map_err(refuse)
             }
-            Kind::Seen { offset } => {
-                reader.read(ahead(place, start * self.element.size_bytes()), target)?;
-                let mut absmax = vec![0.0; num_blocks];
-                nf4::quantize(reader.cpu, self.blocks, self.element, target, &mut packed, &mut absmax)
-                    .map_err(refuse)?;
-                if let Some(offset) = offset {
-                    let (mut codes, mut nested) = (vec![0; num_blocks], vec![0.0; num_blocks.div_ceil(nested::BLOCK)]);
-                    nested::quantize(&absmax, *offset, &mut codes, &mut nested)
-                        .and_then(|()| nested::dequantize(&codes, &nested, *offset, &mut absmax))
-                        .map_err(|error| reader.refuse(&error.to_string()))?;
-                }
-                nf4::dequantize(reader.cpu, self.blocks, &packed, &absmax, self.element, target).map_err(refuse)
+            Kind::Seen { from, offset } => {
+                self.read_stored(reader, ahead(place, start * from.size_bytes()), *from, target)?;
+                self.round_trip(reader, *offset, target)
             }
         }
     }
@@ -195,11 +189,11 @@ impl Lens {
                 nf4::dequantize(reader.cpu, self.blocks, &packed, &absmax, self.element, &mut numbers)
                     .map_err(|error| reader.refuse(&error.to_string()))?;
             }
-            Kind::Seen { .. } => {
+            Kind::Seen { from, offset } => {
                 let mut plain = vec![0; numbers.len()];
-                reader.read(place, &mut plain)?;
+                self.read_stored(reader, place, *from, &mut plain)?;
                 transpose(&plain, rows, columns, size, &mut numbers);
-                self.round_trip(reader, &mut numbers)?;
+                self.round_trip(reader, *offset, &mut numbers)?;
             }
         }
         let made = Arc::new(numbers);
@@ -207,18 +201,27 @@ impl Lens {
         Ok(made)
     }
 
-    /// A whole tensor through 4 bit and back.
-    fn round_trip(&self, reader: &Reader, numbers: &mut [u8]) -> Result<()> {
-        let Kind::Seen { offset } = &self.kind else { return Ok(()) };
+    /// Reads numbers of another dtype, rounded.
+    fn read_stored(&self, reader: &Reader, place: Place, from: Number, target: &mut [u8]) -> Result<()> {
+        if from == Number::Element(self.element) {
+            return reader.read(place, target);
+        }
+        let mut stored = vec![0; target.len() / self.element.size_bytes() * from.size_bytes()];
+        reader.read(place, &mut stored)?;
+        tile::narrow(reader, from, &stored, self.element, target)
+    }
+
+    /// Whole blocks (with an offset whole blocks of scales) through 4 bit and back.
+    fn round_trip(&self, reader: &Reader, offset: Option<f32>, numbers: &mut [u8]) -> Result<()> {
         let refuse = |error: nf4::Error| reader.refuse(&error.to_string());
-        let (mut packed, num_blocks) =
-            (vec![0; self.num_values.div_ceil(2)], self.num_values.div_ceil(self.blocks.size()));
+        let count = numbers.len() / self.element.size_bytes();
+        let (mut packed, num_blocks) = (vec![0; count.div_ceil(2)], count.div_ceil(self.blocks.size()));
         let mut absmax = vec![0.0; num_blocks];
         nf4::quantize(reader.cpu, self.blocks, self.element, numbers, &mut packed, &mut absmax).map_err(refuse)?;
         if let Some(offset) = offset {
             let (mut codes, mut nested) = (vec![0; num_blocks], vec![0.0; num_blocks.div_ceil(nested::BLOCK)]);
-            nested::quantize(&absmax, *offset, &mut codes, &mut nested)
-                .and_then(|()| nested::dequantize(&codes, &nested, *offset, &mut absmax))
+            nested::quantize(&absmax, offset, &mut codes, &mut nested)
+                .and_then(|()| nested::dequantize(&codes, &nested, offset, &mut absmax))
                 .map_err(|error| reader.refuse(&error.to_string()))?;
         }
         nf4::dequantize(reader.cpu, self.blocks, &packed, &absmax, self.element, numbers).map_err(refuse)

@@ -391,7 +391,7 @@ impl Check<'_> {
         };
         let nbytes = match &source.packed {
             Some(_) => content::num_values(self, source).ok().map(|count| count.div_ceil(2) as u64),
-            None => source.dtype.size_bytes(&source.shape),
+            None => source.seen.as_ref().map_or(source.dtype, |seen| seen.stored).size_bytes(&source.shape),
         };
         let end = nbytes.and_then(|nbytes| source.offset.checked_add(nbytes));
         if end.is_none_or(|end| end > input.size_bytes()) {
@@ -423,7 +423,8 @@ impl Check<'_> {
         }
     }
 
-    fn number(&self, dtype: Dtype) -> Result<Number> {
+    /// The same, or F64, which can only be read.
+    pub fn number(&self, dtype: Dtype) -> Result<Number> {
         match dtype {
             Dtype::F32 => Ok(Number::Element(Element::F32)),
             Dtype::F16 => Ok(Number::Element(Element::F16)),

@@ -180,6 +180,8 @@ pub struct Seen {
     pub quant_type: String,
     /// Numbers of a block.
     pub blocksize: usize,
+    /// Dtype in the file; the values are rounded to the source's before and after.
+    pub stored: Dtype,
     /// With it the scales go through 8 bit: their mean.
     #[serde(default)]
     pub offset: Option<f64>,

@@ -144,7 +144,8 @@ fn ahead(place: Place, bytes: u64) -> Place {
     Place { offset: place.offset + bytes, ..place }
 }
 
-fn narrow(reader: &Reader, from: Number, source: &[u8], to: Element, target: &mut [u8]) -> Result<()> {
+/// Numbers in another dtype, rounded; a finite one that becomes infinite is an error.
+pub fn narrow(reader: &Reader, from: Number, source: &[u8], to: Element, target: &mut [u8]) -> Result<()> {
     let kept = match from {
         Number::Element(from) => cast::cast(reader.cpu, from, source, to, target),
         Number::F64 => cast::cast_f64(source, to, target),
