@@ -4,8 +4,7 @@
 use fastft_kernels::cast::{cast, narrow, widen};
 use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, merge};
 use fastft_kernels::nf4::{self, Blocks, Code};
-use fastft_kernels::parallel;
-use fastft_kernels::{Cpu, Element, Level};
+use fastft_kernels::{Cpu, Element, Level, parallel};
 use proptest::prelude::*;
 
 fn scalar() -> Cpu {
@@ -285,6 +284,35 @@ proptest! {
 }
 
 #[test]
+fn merge_does_not_depend_on_the_number_of_threads() {
+    let mut random = Random(8);
+    let band = Band { rows: 1031, columns: 517 };
+    let count = band.rows * band.columns;
+    let (left, right) = (random.values(band.rows * 5), random.values(5 * band.columns));
+    let Ok(right) = Panels::from_rows(5, band.columns, &right) else { unreachable!("the sizes agree") };
+    for (row_stride, rank_stride) in [(5, 1), (1, band.rows)] {
+        let delta = Delta { left: Left { values: &left, row_stride, rank_stride }, right: &right, scale: 0.3 };
+        let base = weights(&mut random, Element::F16, count);
+        for cpu in Level::ALL.into_iter().filter_map(Cpu::at) {
+            let mut alone = vec![0; count * 4];
+            let apart = Base::Apart(Element::F16, &base);
+            let kept = merge(cpu, band, apart, Element::F32, &mut alone, &[delta]);
+            for threads in [1, 2, 3, 7] {
+                let mut target = vec![0xAA; count * 4];
+                assert_eq!(parallel::merge(cpu, band, apart, Element::F32, &mut target, &[delta], threads), kept);
+                assert!(target == alone, "{cpu:?} {threads}");
+                let mut in_place = base.clone();
+                let done = parallel::merge(cpu, band, Base::InPlace, Element::F16, &mut in_place, &[delta], threads);
+                let mut expected = base.clone();
+                assert_eq!(merge(cpu, band, Base::InPlace, Element::F16, &mut expected, &[delta]), done);
+                assert!(in_place == expected, "{cpu:?} {threads} in place");
+            }
+            assert!(parallel::merge(cpu, band, apart, Element::F32, &mut alone[1..], &[delta], 2).is_err());
+        }
+    }
+}
+
+#[test]
 fn wrong_sizes_are_refused() {
     let panels = Panels::from_rows(2, 3, &[0.0; 6]).unwrap_or_else(|error| unreachable!("{error}"));
     let mut target = [0; 24];
@@ -370,6 +398,27 @@ fn four_bit_does_not_depend_on_the_number_of_threads() {
             assert!(run(threads) == alone, "{cpu:?} {threads}");
         }
     });
+}
+
+#[test]
+fn nested_scales_do_not_depend_on_the_number_of_threads() {
+    let absmax = Random(6).values(3 * (1 << 15) + 300);
+    let run = |threads| {
+        let (mut codes, mut scales) = (vec![0; absmax.len()], vec![0.0; absmax.len().div_ceil(256)]);
+        assert_eq!(parallel::quantize_scales(&absmax, 0.25, &mut codes, &mut scales, threads), Ok(()));
+        let mut back = vec![0.0; absmax.len()];
+        assert_eq!(parallel::dequantize_scales(&codes, &scales, 0.25, &mut back, threads), Ok(()));
+        (codes, bits(&scales), bits(&back))
+    };
+    let (mut codes, mut scales) = (vec![0; absmax.len()], vec![0.0; absmax.len().div_ceil(256)]);
+    assert_eq!(nf4::nested::quantize(&absmax, 0.25, &mut codes, &mut scales), Ok(()));
+    let mut back = vec![0.0; absmax.len()];
+    assert_eq!(nf4::nested::dequantize(&codes, &scales, 0.25, &mut back), Ok(()));
+    let alone = (codes, bits(&scales), bits(&back));
+    for threads in [1, 2, 3, 8] {
+        assert!(run(threads) == alone, "{threads}");
+    }
+    assert!(parallel::quantize_scales(&absmax, 0.0, &mut [0; 3], &mut [0.0; 1], 2).is_err());
 }
 
 #[test]

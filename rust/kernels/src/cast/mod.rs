@@ -11,7 +11,9 @@ mod scalar;
 use thiserror::Error;
 
 use crate::element::{self, Element};
-use crate::level::{Cpu, Level};
+use crate::level::Cpu;
+#[cfg(target_arch = "x86_64")]
+use crate::level::Level;
 
 /// Two lengths that must agree do not.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -110,6 +112,12 @@ pub(crate) fn widen_unchecked(cpu: Cpu, from: Element, source: &[u8], target: &m
         Level::Avx2 => unsafe { avx2::widen(from, source, target) },
         _ => scalar::widen(from, source, target),
     }
+}
+
+/// [`widen`] by the specification; each CPU level compiles it anew where it is called.
+#[inline(always)]
+pub(crate) fn widen_scalar(from: Element, source: &[u8], target: &mut [f32]) {
+    scalar::widen(from, source, target);
 }
 
 /// [`narrow`] by the specification, for few values: as many bytes as `source` has values of `to`.

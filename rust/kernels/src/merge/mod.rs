@@ -19,7 +19,9 @@ mod scalar;
 
 use crate::cast::{LengthError, check_length, widen_unchecked};
 use crate::element::{Element, is_finite};
-use crate::level::{Cpu, Level};
+use crate::level::Cpu;
+#[cfg(target_arch = "x86_64")]
+use crate::level::Level;
 
 /// Columns of one panel of a right factor: two AVX-512 or four AVX2 registers.
 const PANEL: usize = 32;
@@ -187,7 +189,8 @@ pub fn merge(
     Ok(work.kept)
 }
 
-fn check(band: Band, base: Base, to: Element, target: &[u8], deltas: &[Delta]) -> Result<(), LengthError> {
+/// Refuses sizes that do not agree.
+pub(crate) fn check(band: Band, base: Base, to: Element, target: &[u8], deltas: &[Delta]) -> Result<(), LengthError> {
     let values = band.rows.checked_mul(band.columns);
     let bytes_of = |element: Element| values.and_then(|values| values.checked_mul(element.size_bytes()));
     check_length("merge: target", target.len(), bytes_of(to))?;
