@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 RUST      := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
-.PHONY: demo test test-all setup check-rust check-python pytest lock demo-base wheel clean
+.PHONY: demo test test-all test-gpu setup check-rust check-python pytest lock demo-base wheel clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -78,6 +78,10 @@ pytest: $(BUILT)
 
 test-all: $(BUILT) check-rust check-python
 	$(BIN)/python -m pytest -m "not gpu" -n auto --dist loadfile
+
+# The tests that need an accelerator.
+test-gpu: $(BUILT)
+	$(BIN)/python -m pytest -m gpu
 
 # Makes requirements.lock again from the ranges in pyproject.toml, with the newest versions.
 lock: $(INSTALLED)

@@ -14,7 +14,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, merge};
+use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, Rounding, merge};
 use fastft_kernels::{Cpu, Element, Level};
 
 /// A band of the size that the stream works on: 4 MiB of a down projection of a 1.5B model.
@@ -49,8 +49,17 @@ fn main() {
             let delta =
                 Delta { left: Left { values: &left, row_stride: rank, rank_stride: 1 }, right: &panels, scale: 0.5 };
             let band = Band { rows, columns: COLUMNS };
-            let mut run =
-                |cpu| merge(cpu, band, Base::Apart(Element::Bf16, &base), Element::Bf16, &mut target, &[delta]);
+            let mut run = |cpu| {
+                merge(
+                    cpu,
+                    band,
+                    Base::Apart(Element::Bf16, &base),
+                    Element::Bf16,
+                    &mut target,
+                    &[delta],
+                    Rounding::Once,
+                )
+            };
             assert_eq!(run(cpu), Ok(true));
             let times = time(rounds, || assert_eq!(run(cpu), Ok(true)));
             check(&target, &base, &left, &right, rank);

@@ -6,13 +6,14 @@ Errors are the classes of `fastft.errors`; a `RuntimeError` that speaks of a bug
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any, TypedDict, final, type_check_only
+from typing import Any, Protocol, TypedDict, final, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
     "TensorInfo",
+    "block_maxima",
     "build_info",
     "cast",
     "code_book",
@@ -40,6 +41,29 @@ class _BuildInfo(TypedDict):
     level: str
     threads: int
     commit: str | None
+
+@type_check_only
+class _Device(Protocol):
+    """Computes merges elsewhere, in the CPU's bits; called by several threads.
+
+    `prepare` gets the right factors of a tensor, each as (f32 bytes, rank, transposed): (rank, columns) row-major, or
+    (columns, rank) with `transposed`. `merge` gets shape (rows, columns), dtypes of base and result, the base's bytes and
+    the products in order, each as (index of its right factor, left factor (rows, rank) as f32 bytes, rank, scale); it
+    returns the merged bytes and whether every finite base value stayed finite.
+    """
+
+    def prepare(self, tensor: str, rights: list[tuple[bytes, int, bool]], /) -> object: ...
+    def merge(
+        self,
+        tensor: str,
+        shape: tuple[int, int],
+        dtypes: tuple[str, str],
+        base: bytes,
+        products: list[tuple[int, bytes, int, float]],
+        round_delta: bool,
+        /,
+    ) -> tuple[bytes, bool]: ...
+    def finish(self, tensor: str, /) -> object: ...
 
 @type_check_only
 class _RunReport(TypedDict):
@@ -85,6 +109,7 @@ def run_plan(
     threads: int | None = None,
     memory_budget_bytes: int = 134217728,
     progress: Callable[[int, int], object] | None = None,
+    device: _Device | None = None,
 ) -> _RunReport:
     """Run a whole conversion: read, compute and write every tensor of the plan, without the GIL.
 
@@ -94,11 +119,24 @@ def run_plan(
         memory_budget_bytes: bytes of all buffers together; the adapter factors of the tensors in work come on top.
         progress: called in this thread with (bytes done, bytes in all) some 20 times a second and once at the end.
             What it raises stops the run and is raised here, as is a KeyboardInterrupt.
+        device: computes the products and sums of merges instead of the CPU; what it raises is raised here.
 
     Raises:
         PlanError: the plan cannot be right, or a value cannot be represented in the output's dtype.
         CheckpointError: a source file is cut off, changed while it was read, or an adapter holds non-finite values.
         FileError: a file cannot be read or written. On any error the files written so far are incomplete.
+    """
+
+def block_maxima(
+    plan_json: str,
+    *,
+    threads: int | None = None,
+    memory_budget_bytes: int = 134217728,
+    progress: Callable[[int, int], object] | None = None,
+) -> bytes:
+    """Scales (f32, little-endian) of the one tensor that the plan quantizes, exact as before any double quantization; nothing is written.
+
+    The arguments and errors are those of `run_plan`; also a PlanError when the plan does not quantize exactly one tensor.
     """
 
 def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[int]]:
@@ -180,10 +218,13 @@ def merge_low_rank(
     rank: int,
     scale: float,
     *,
+    magnitude: NDArray[np.float32] | None = None,
     transposed: bool,
     threads: int | None = None,
 ) -> bool:
     """Fill `target` (shape, `dtype`) with `round(f32(base) + scale * (b @ a))`, or the transpose of the product.
+
+    With `magnitude` each row of that (each column, if transposed) is scaled to it before it is rounded: DoRA.
 
     `base` is (shape, `base_dtype`), or None for `target` itself; `a` is (rank, shape[1]) and `b` (shape[0], rank), if
     transposed (rank, shape[0]) and (shape[1], rank).

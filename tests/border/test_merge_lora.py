@@ -148,9 +148,9 @@ def test_as_peft_merges(kind: str, dtype: str) -> None:
 @pytest.mark.parametrize("kind", list(LAYERS))
 @pytest.mark.parametrize("dtype", list(TORCH))
 def test_dora_as_peft_merges(kind: str, dtype: str) -> None:
-    """PEFT's norm is an f32 sum of n squares: off by at most n/2 * 2^-24 of itself (n <= 56, and less in practice), ours
-    by one rounding; product, factor and V bring a few more. So the f32 values differ by less than 40 * 2^-24 of
-    themselves, and those of 16 bit by one step at most, where that range holds a tie."""
+    """The norms are summed in torch's own order, so every bit is PEFT's; torch's norm over several dimensions, which a
+    convolution asks for, is summed in another order: one step of a 16-bit dtype, and an f32 sum of 45 squares is off by
+    at most 45/2 * 2^-24 of itself on both sides, a norm by half of that."""
     torch.manual_seed(6)
     layer = LAYERS[kind]().to(TORCH[dtype])
     found = peft_layer(layer, dora=True, seed=7, exact_factors=True)
@@ -163,32 +163,33 @@ def test_dora_as_peft_merges(kind: str, dtype: str) -> None:
     assert same(in_place, ours)
     found.merge()
     theirs = found.base_layer.weight.data
-    step = {"float32": 40 * 2.0**-24, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    if kind != "conv2d":
+        assert same(ours, theirs)
+        return
+    step = {"float32": 25 * 2.0**-24, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
     error = (ours.double() - theirs.double()).abs()
-    assert (error <= step * theirs.double().abs() + (2.0**-24 if dtype == "float16" else 0)).all()
+    assert (error <= step * theirs.double().abs()).all()
     if dtype != "float32":
         assert (error > 0).double().mean() < 0.01
 
 
-def test_dora_of_many_rows_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastft.native import merge
-
+def test_dora_of_many_rows_on_many_threads() -> None:
     random = np.random.default_rng(8)
-    W = weights(random, (50, 30), "bfloat16")
+    W = weights(random, (1100, 700), "bfloat16")
     for transposed in (False, True):
-        inputs, outputs = (50, 30) if transposed else (30, 50)
+        inputs, outputs = (1100, 700) if transposed else (700, 1100)
         A, B, m = exact(random, (4, inputs)), exact(random, (outputs, 4)), exact(random, (outputs,)) + 1
-        whole = native.merge_lora(W, A, B, 0.5, magnitude=m, transposed=transposed)
-        monkeypatch.setattr(merge, "_BLOCK", 7 * 30)
-        assert same(whole, native.merge_lora(W, A, B, 0.5, magnitude=m, transposed=transposed))
-        monkeypatch.undo()
+        alone = native.merge_lora(W, A, B, 0.5, magnitude=m, transposed=transposed, threads=1)
+        for threads in (2, 3, 7):
+            assert same(alone, native.merge_lora(W, A, B, 0.5, magnitude=m, transposed=transposed, threads=threads))
+        in_place = W.clone()
+        native.merge_lora(in_place, A, B, 0.5, magnitude=m, transposed=transposed, out=in_place)
+        assert same(alone, in_place)
         V = expected(W, (B @ A).T if transposed else B @ A, 0.5, torch.float32).double()
-        right = (
-            V
-            / V.norm(dim=0 if transposed else 1, keepdim=True)
-            * torch.from_numpy(m).reshape((1, -1) if transposed else (-1, 1))
-        )
-        assert ((whole.double() - right).abs() <= 2.0**-7 * right.abs()).all()
+        norms = V.norm(dim=0 if transposed else 1, keepdim=True)
+        right = V / norms * torch.from_numpy(m).reshape((1, -1) if transposed else (-1, 1))
+        # One step of bf16: the sum of 1100 squares in f32 is off by 1100/2 * 2^-24 at most, far less than that.
+        assert ((alone.double() - right).abs() <= 2.0**-7 * right.abs()).all()
 
 
 def test_memory_of_the_result_is_that_of_out() -> None:
@@ -228,11 +229,11 @@ LARGE = np.full((6, 4), 60000, np.float16)
         ({"out": np.broadcast_to(np.float32(0), (6, 4))}, "out: the array is not contiguous"),
         (
             {"W": LARGE, "A": A + 1, "B": B + 1, "scale": 60000.0},
-            "a finite weight would become infinite or NaN in float16",
+            "a weight would become infinite or NaN in float16",
         ),
         ({"magnitude": np.ones(4, np.float32)}, "magnitude has 4 numbers, and 6 are needed"),
         ({"magnitude": np.full(6, np.inf, np.float32)}, "magnitude holds a value that is not finite"),
-        ({"magnitude": np.ones(6, np.float32)}, "a row of W + scale * B A is zero and has no direction"),
+        ({"magnitude": np.ones(6, np.float32)}, "or a row of W + scale * B A is zero and has no direction"),
     ],
 )
 def test_what_cannot_be_merged(arguments: dict[str, Any], text: str) -> None:

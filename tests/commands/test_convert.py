@@ -49,8 +49,37 @@ def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "convert merge base adapter out --dry-run --json --dequantized-base nf4")
     assert code == 0
     shown = json.loads(out)
-    assert {tensor["operation"] for file in shown["files"] for tensor in file["tensors"]} == {"copy", "four_bit"}
+    tensors = [tensor for file in shown["files"] for tensor in file["tensors"]]
+    as_trained = {tensor["name"] for tensor in tensors if tensor.get("as_trained") == "nf4"}
+    changed = {tensor["name"] for tensor in tensors if tensor["operation"] == "merge"}
+    assert changed
+    assert changed <= as_trained
+    assert "model.embed_tokens.weight" not in as_trained
     assert not (folder / "out").exists()
+
+
+def test_quantize_and_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "convert quantize base small --dry-run")
+    assert code == 0
+    assert "to nf4" in out
+    assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= 80
+    assert not (folder / "small").exists()
+    code, out, _ = run(capsys, "convert quantize base small --double-quant --blocksize 32 --skip o_proj")
+    assert code == 0
+    assert out.startswith("quantized into small: ")
+    code, out, _ = run(capsys, "convert verify small --base base")
+    assert code == 0
+    assert "right" in out
+    code, _, err = run(capsys, "convert quantize small smaller")
+    assert code == 1
+    assert "in 4 bit already" in err
+    code, out, _ = run(capsys, "convert dequantize small plain --dtype fp32")
+    assert code == 0
+    assert out.startswith("dequantized into plain: ")
+    code, out, _ = run(capsys, "convert merge small adapter out --quantize fp4")
+    assert code == 0
+    code, out, _ = run(capsys, "convert verify out --base small --adapter adapter")
+    assert code == 0
 
 
 def test_split(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +95,14 @@ def test_split(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("convert merge base adapter out --double-quant", "--dequantized-base"),
         ("convert merge base adapter out --dequantized-base int8", "nf4"),
         ("convert merge base adapter out --max-shard-size 0", "zero"),
-        ("convert verify out --base base", "--adapter"),
+        ("convert merge base adapter out --skip lm_head", "--quantize"),
+        ("convert merge base adapter out --quantize nf4 --blocksize 48", "32, 64, 128"),
+        ("convert verify out --adapter adapter", "--base"),
+        ("convert quantize base out --quant-type int4", "nf4"),
+        ("convert quantize base out --blocksize 63", "32, 64, 128"),
+        ("convert quantize base out --json", "--dry-run"),
+        ("convert dequantize base out --dtype int8", "bf16"),
+        ("convert quantise base out", "quantize"),
     ],
 )
 def test_wrong_words(folder: Path, capsys: pytest.CaptureFixture[str], typed: str, hint: str) -> None:

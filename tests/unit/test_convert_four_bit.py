@@ -1,14 +1,14 @@
 """Quantized and back, bit for bit as bitsandbytes' CPU backend does it."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastft.convert import four_bit
-from fastft.convert.four_bit import FourBit
-from fastft.convert.source import Source
+from fastft.convert.source import Seen, Source
 
 torch = pytest.importorskip("torch")
 
@@ -41,14 +41,23 @@ def test_bitsandbytes(tmp_path: Path, dtype: str, kind: str, blocksize: int, *, 
         weight, blocksize=blocksize, quant_type=kind, compress_statistics=double_quant
     )
     truth = functional.dequantize_4bit(packed, state)
-    source = stored(tmp_path, weight)
-    settings = FourBit(kind, double_quant, blocksize)  # type: ignore[arg-type]
-    scales = four_bit.scales_of(source, settings)
-    found = four_bit.seen_in_training(source, scales, settings, 0, weight.numel())
+    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    offset = float(state.offset) if double_quant else None
+    lens = Seen(kind, blocksize, names[dtype], double_quant, offset)  # type: ignore[arg-type]
+    source = replace(stored(tmp_path, weight), lens=lens)
+    found = four_bit.numbers_of(source, 0, weight.numel())
     back = torch.from_numpy(found.reshape(96, 256)).to(weight.dtype)
     assert torch.equal(back, truth)
-    part = four_bit.seen_in_training(source, scales, settings, 1000, 3333)
-    np.testing.assert_array_equal(part, found[1000:4333])
+    np.testing.assert_array_equal(four_bit.numbers_of(source, 1000, 3333), found[1000:4333])
+    exact = weight.float().reshape(-1, blocksize).abs().amax(1)
+    codes, scales = four_bit.codes_of(weight.float().reshape(-1).numpy(), kind, blocksize)
+    np.testing.assert_array_equal(codes, packed.reshape(-1).numpy())
+    np.testing.assert_array_equal(scales, exact.numpy())
+    if double_quant:
+        assert four_bit.mean_of_scales(scales) == float(state.offset)
+        codes, nested = four_bit.codes_of_scales(scales, float(state.offset))
+        np.testing.assert_array_equal(codes, state.absmax.numpy())
+        np.testing.assert_array_equal(nested, state.state2.absmax.numpy())
 
 
 def test_a_last_block_that_is_shorter(tmp_path: Path) -> None:
@@ -57,6 +66,9 @@ def test_a_last_block_that_is_shorter(tmp_path: Path) -> None:
     torch.manual_seed(1)
     weight = torch.randn(5, 33)
     packed, state = functional.quantize_4bit(weight.reshape(-1), blocksize=64, quant_type="nf4")
-    source = stored(tmp_path, weight)
-    found = four_bit.seen_in_training(source, four_bit.scales_of(source, FourBit()), FourBit(), 0, weight.numel())
+    source = replace(stored(tmp_path, weight), lens=Seen("nf4", 64, "F32"))
+    found = four_bit.numbers_of(source, 0, weight.numel())
     np.testing.assert_array_equal(found, functional.dequantize_4bit(packed, state).numpy())
+    codes, scales = four_bit.codes_of(weight.reshape(-1).numpy(), "nf4", 64)
+    np.testing.assert_array_equal(codes, packed.reshape(-1).numpy())
+    np.testing.assert_array_equal(scales, state.absmax.numpy())

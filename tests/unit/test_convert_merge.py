@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fastft.convert import merge
+from fastft.convert.rewrite import RewriteReport
 from fastft.errors import CheckpointError, FastftError, FileError, PlanError, UsageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,7 +26,7 @@ def all_tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
 
 
-def run(base: Path, adapter: Path, target: Path, **options: object) -> merge.MergeReport:
+def run(base: Path, adapter: Path, target: Path, **options: object) -> RewriteReport:
     plan = merge.plan(base, [(adapter, 1.0)], **options)  # type: ignore[arg-type]
     return merge.execute(plan, target)
 

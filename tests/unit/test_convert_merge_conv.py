@@ -70,10 +70,6 @@ def ours(base: Path, adapter: Path, folder: Path) -> dict[str, Any]:
     return tensors(folder / "model.safetensors")
 
 
-def bits(tensor: Any) -> Any:
-    return tensor.view(torch.int16).long() if tensor.is_floating_point() else tensor
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_bit_for_bit_in_16_bit(tmp_path: Path, name: str, kind: str) -> None:
@@ -81,12 +77,7 @@ def test_bit_for_bit_in_16_bit(tmp_path: Path, name: str, kind: str) -> None:
     base, adapter, theirs = made(name, tmp_path, dtype, **KINDS[kind])
     mine = ours(base, adapter, tmp_path / "mine")
     assert set(mine) == set(theirs)
-    # A norm of f32 summed in another order is off by some 2^-24, which turns one rounding to 2^-9 in about 2^14.
-    allowed = 1 if kind == "dora" else 0
-    for key, tensor in theirs.items():
-        off = (bits(tensor) - bits(mine[key])).abs()
-        assert off.max() <= allowed, key
-        assert (off > 0).sum() <= allowed, key
+    assert {key for key, tensor in theirs.items() if not torch.equal(tensor, mine[key])} == set()
     changed = {key for key, tensor in tensors(base / "model.safetensors").items() if not torch.equal(tensor, mine[key])}
     assert any(mine[key].dim() > 2 for key in changed)
 

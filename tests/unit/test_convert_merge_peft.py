@@ -177,11 +177,7 @@ def test_gpt2_whose_weights_are_transposed(tmp_path: Path, *, dora: bool) -> Non
     merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
     theirs = saved(merged, tmp_path / "theirs")
     mine = ours(tmp_path / "base", tmp_path / "adapter", tmp_path / "mine")
-    for name, tensor in theirs.items():
-        off = (tensor.view(torch.int16).int() - mine[name].view(torch.int16).int()).abs()
-        # A norm of f32 summed in another order is off by some 2^-24, which turns one rounding to 2^-9 in about 2^14.
-        assert off.max() <= (1 if dora else 0)
-        assert (off > 0).sum() <= (1 if dora else 0)
+    assert {name for name, tensor in theirs.items() if not torch.equal(tensor, mine[name])} == set()
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fastft.convert import merge, verify
+from fastft.convert import merge, rewrite, verify
 from fastft.convert.numbers import rounded, ulp_distance, values_of
 from fastft.errors import CheckpointError
 
@@ -96,12 +96,13 @@ def test_merge_checks_itself(folders: tuple[Path, Path, Path], monkeypatch: pyte
     base, adapter, merged = folders
     plan = merge.plan(base, [(adapter, 1.0)])
 
-    def wrong(_shards: object, stage: Path, _what: str) -> None:
+    def wrong(_shards: object, stage: Path, _what: str, *, on_gpu: bool) -> None:
+        assert not on_gpu
         tensors = load_file(merged / "model.safetensors")
         tensors[Q] += 0.01
         save_file(tensors, stage / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(merge, "write_shards", wrong)
+    monkeypatch.setattr(rewrite, "write_shards", wrong)
     with pytest.raises(CheckpointError, match="q_proj"):
         merge.execute(plan, tmp_path / "new")
     assert not (tmp_path / "new").exists()

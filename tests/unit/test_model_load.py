@@ -46,6 +46,45 @@ def test_fp16_becomes_bf16_and_is_said(folder: Path, capsys: pytest.CaptureFixtu
     assert "the checkpoint is fp16; trained in bf16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "wanted", "stored", "weights", "products"),
+    [
+        ("full", "auto", "bfloat16", "float32", "bfloat16"),
+        ("full", "auto", "float16", "float32", "bfloat16"),
+        ("full", "bf16", "bfloat16", "bfloat16", None),
+        ("full", "fp32", "bfloat16", "float32", None),
+        ("lora", "auto", "bfloat16", "bfloat16", "bfloat16"),
+        ("lora", "auto", "float16", "bfloat16", "bfloat16"),
+        ("lora", "auto", "float32", "float32", None),
+        ("lora", "fp16", "bfloat16", "float16", "float16"),
+        ("qlora", "auto", "bfloat16", "bfloat16", "bfloat16"),
+        ("qlora", "fp32", "bfloat16", "float32", None),
+    ],
+)
+def test_dtypes_on_a_gpu(
+    kind: str, wanted: Any, stored: str, weights: str, products: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decided without one."""
+    import torch
+
+    monkeypatch.setattr(device, "has_bf16", lambda _device: True)
+    on = torch.device("cuda")
+    chosen = device.weights_dtype(wanted, getattr(torch, stored), kind, on)
+    multiplied = device.products_dtype(wanted, chosen, kind, on)
+    assert device.short_name(chosen) == weights
+    assert (None if multiplied is None else device.short_name(multiplied)) == products
+
+
+def test_dtypes_on_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(device, "has_bf16", lambda _device: False)
+    on = torch.device("cuda")
+    for kind, weights in (("full", torch.float32), ("lora", torch.float16), ("qlora", torch.float16)):
+        chosen = device.weights_dtype("auto", torch.bfloat16, kind, on)
+        assert (chosen, device.products_dtype("auto", chosen, kind, on)) == (weights, torch.float16)
+
+
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 def test_only_fp32_adapters_are_trained(kind: str, model: Path) -> None:
     loaded = _load(model, kind=kind)

@@ -36,7 +36,7 @@ def test_losses_and_gradient_norms(shared_data: Path, tmp_path: Path) -> None:
     work = trainer.FastftTrainer(
         config=config,
         model=loaded.model,
-        args=trainer.arguments(config, tmp_path, NUM_STEPS, loaded.model.dtype, device.choose()),
+        args=trainer.arguments(config, tmp_path, NUM_STEPS, loaded.products, device.choose()),
         collate=Collator(0),
         train_rows=rows,
         eval_rows=rows[200:220],

@@ -60,6 +60,87 @@ def test_the_loss_falls_and_the_files_are_there(
     assert (record["quantization"] is not None) == (kind == "qlora")
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_fp32_weights_with_products_in_bf16(
+    kind: str, model: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does by itself, here on a CPU: linear layers give bf16, weights stay fp32, a resumed run is the same."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file
+
+    from fastft.model import device
+
+    monkeypatch.setattr(device, "products_dtype", lambda *_args: torch.bfloat16)
+    seen: set[torch.dtype] = set()
+    linear = torch.nn.Linear.forward
+
+    def watched(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        y = linear(self, x)
+        if self.training and torch.is_grad_enabled():
+            seen.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    config = tiny_run.config(
+        model,
+        data["sft"],
+        kind=kind,
+        train__gradient_checkpointing=True,
+        train__lr=5e-3,
+        output__save_steps=3,
+        samples__prompts=("Basket",),
+        samples__max_new_tokens=2,
+        data__eval_rows=2,
+    )
+    done = run.run(config, work_dir=tmp_path / "run")
+    losses = [line["loss"] for line in _metrics(done.run_dir) if "loss" in line]
+    assert losses[-1] < 0.97 * losses[0]
+    assert seen == {torch.bfloat16}
+    (file,) = done.artifact.glob("*.safetensors")
+    weights = load_file(file)
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    broken = tmp_path / "broken"
+    shutil.copytree(done.run_dir, broken)
+    shutil.rmtree(broken / "checkpoint-6")
+    shutil.rmtree(broken / done.artifact.name)
+    resumed = run.run(config, work_dir=broken, resume="auto")
+    others = load_file(resumed.artifact / file.name)
+    assert all(torch.equal(others[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_a_full_model_is_written_in_the_dtype_of_its_base(
+    stored: str, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    base = tiny_run.write_model(tmp_path / "base", dtype=stored)
+    done = run.run(tiny_run.config(base, data["sft"], kind="full", train__max_steps=2), work_dir=tmp_path / "run")
+    exact = load_file(done.run_dir / "checkpoint-2" / "model.safetensors")
+    written = load_file(done.artifact / "model.safetensors")
+    assert exact.keys() == written.keys()
+    for name, value in exact.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(written[name], value.to(getattr(torch, stored))), name
+    assert json.loads((done.artifact / "config.json").read_text())["dtype"] == stored
+    assert f"written in {stored}, as the base is" in capsys.readouterr().err
+
+
+def test_a_weight_too_large_for_the_base_keeps_fp32(
+    data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    base = tiny_run.write_model(tmp_path / "base", dtype="float16")
+    config = tiny_run.config(base, data["sft"], kind="full", train__max_steps=1, train__lr=1e5, train__warmup_ratio=0.0)
+    done = run.run(config, work_dir=tmp_path / "run")
+    assert {str(value.dtype) for value in load_file(done.artifact / "model.safetensors").values()} == {"torch.float32"}
+    assert "too large for the base's float16; kept as fp32" in capsys.readouterr().err
+
+
 def test_the_record_of_a_quantized_base(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
     config = tiny_run.config(
         model,

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Literal
 
 from fastft import console
 from fastft.cli.job import Job
-from fastft.errors import PlanError, UsageError
+from fastft.errors import UsageError
 
 if TYPE_CHECKING:
+    from fastft.convert.four_bit import FourBit
     from fastft.convert.matching import NameOptions
 
 
@@ -23,8 +24,12 @@ def merge(
     is_clip: bool = False,
     model_class: str | None = None,
     key_map: tuple[str, ...] = (),
-    dequantized_base: Literal["none", "nf4", "fp4"] = "none",
+    dequantized_base: Literal["auto", "none", "nf4", "fp4"] = "auto",
     double_quant: bool = False,
+    match_peft: bool = False,
+    quantize: Literal["none", "nf4", "fp4"] = "none",
+    blocksize: int = 64,
+    skip: tuple[str, ...] = (),
     dry_run: bool = False,
     json: bool = False,
     force: bool = False,
@@ -39,12 +44,16 @@ def merge(
         adapter: another adapter as DIR or DIR:WEIGHT; may be given several times
         dtype: of the written weights; auto keeps the base's
         max_shard_size: largest file, e.g. 2GB (2*10^9 bytes), 2GiB; a bare number is GB
-        device: where the arithmetic runs; auto and cpu are the native stream
+        device: where the arithmetic runs; auto and cpu need no GPU, cuda gives the same bits
         is_clip: the adapter is of a CLIPVisionModel; only the vision tower of the CLIP is merged and written
         model_class: class of transformers that the adapter was trained on, where config.json names another
         key_map: REGEX=REPLACEMENT done on the adapter's names; may be given several times
-        dequantized_base: start from what QLoRA saw: the linear layers in 4 bit and back
-        double_quant: with --dequantized-base: the scales were quantized too
+        dequantized_base: start from what QLoRA saw: the linear layers in 4 bit and back; auto: if the adapter says so
+        double_quant: with --dequantized-base nf4 or fp4: the scales were quantized too; with --quantize: quantize them
+        match_peft: round as PEFT's merge does, twice in embeddings and experts
+        quantize: write the linear layers in 4 bit, as bitsandbytes does
+        blocksize: with --quantize: numbers that share a scale
+        skip: with --quantize: a layer that stays as it is; may be given several times
         dry_run: print the plan, write nothing
         json: with --dry-run: print the plan as JSON
         force: replace save_path if it exists
@@ -52,8 +61,10 @@ def merge(
     """
     if json and not dry_run:
         raise UsageError("convert merge: --json belongs to --dry-run")
-    if double_quant and dequantized_base == "none":
-        raise UsageError("convert merge: --double-quant belongs to --dequantized-base")
+    if double_quant and dequantized_base in ("auto", "none") and quantize == "none":
+        raise UsageError("convert merge: --double-quant belongs to --dequantized-base nf4 or fp4, or to --quantize")
+    if quantize == "none" and (skip or blocksize != 64):
+        raise UsageError("convert merge: --skip and --blocksize belong to --quantize")
     if not safe_serialization:
         raise UsageError("convert merge: --safe-serialization=false: fastft writes safetensors only")
 
@@ -64,24 +75,43 @@ def merge(
         from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
-        if device == "cuda":
-            raise PlanError(
-                "convert merge: --device cuda is not there yet; the native stream (--device cpu) needs no GPU"
-            )
         plan = merging.plan(
             locate.model(Model(name=llm)),
             [(Path(adapter_path), 1.0), *[with_weight(text) for text in adapter]],
             dtype=dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
             names=name_options(model_class, key_map, is_clip=is_clip),
-            four_bit=None if dequantized_base == "none" else FourBit(dequantized_base, double_quant),
+            four_bit=four_bit_base(dequantized_base, double_quant=double_quant),
+            match_peft=match_peft,
+            quantize=None if quantize == "none" else FourBit(quantize, double_quant, checked_blocksize(blocksize)),
+            skip=skip,
         )
         if dry_run:
             console.result(plan.as_json() if json else plan.as_table())
             return
-        console.result(merging.execute(plan, Path(save_path), force=force).line())
+        console.result(merging.execute(plan, Path(save_path), force=force, on_gpu=device == "cuda").line())
 
     return Job(run)
+
+
+def four_bit_base(
+    dequantized_base: Literal["auto", "none", "nf4", "fp4"], *, double_quant: bool
+) -> "FourBit | Literal['auto'] | None":
+    """Read `--dequantized-base`; `convert verify` has it too."""
+    from fastft.convert.four_bit import FourBit
+
+    if dequantized_base == "auto":
+        return "auto"
+    return None if dequantized_base == "none" else FourBit(dequantized_base, double_quant)
+
+
+def checked_blocksize(blocksize: int) -> int:
+    """Refuse a block size that bitsandbytes does not have."""
+    from fastft.convert.bitsandbytes_layout import BLOCKSIZES
+
+    if blocksize not in BLOCKSIZES:
+        raise UsageError(f"--blocksize {blocksize} is not allowed; use {', '.join(map(str, BLOCKSIZES))}")
+    return blocksize
 
 
 def name_options(model_class: str | None, key_map: tuple[str, ...], *, is_clip: bool) -> "NameOptions":

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastft import console
-from fastft.cli.convert_merge import name_options, with_weight
+from fastft.cli.convert_merge import four_bit_base, name_options, with_weight
 from fastft.cli.job import Job
 from fastft.errors import UsageError
 
@@ -17,11 +17,14 @@ def verify(
     is_clip: bool = False,
     model_class: str | None = None,
     key_map: tuple[str, ...] = (),
-    dequantized_base: Literal["none", "nf4", "fp4"] = "none",
+    dequantized_base: Literal["auto", "none", "nf4", "fp4"] = "auto",
     double_quant: bool = False,
+    match_peft: bool = False,
     json: bool = False,
 ) -> Job:
     """Say tensor by tensor whether a folder is base + adapter.
+
+    Without --adapter: whether it is the base, as it is, in 4 bit or in another dtype.
 
     Args:
         merged: the folder to check
@@ -32,15 +35,15 @@ def verify(
         key_map: as it was merged; may be given several times
         dequantized_base: as it was merged
         double_quant: as it was merged
+        match_peft: as it was merged
         json: print the outcome as JSON
     """
-    if base is None or not adapter:
-        raise UsageError("convert verify: --base and --adapter are needed: what was merged into what")
+    if base is None:
+        raise UsageError("convert verify: --base is needed (and --adapter, for a merge): what was it made from")
 
     def run() -> int:
         from fastft.config.schema import Model
         from fastft.convert import verify as verifying
-        from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
         report = verifying.verify(
@@ -48,7 +51,8 @@ def verify(
             locate.model(Model(name=base)),
             [with_weight(text) for text in adapter],
             names=name_options(model_class, key_map, is_clip=is_clip),
-            four_bit=None if dequantized_base == "none" else FourBit(dequantized_base, double_quant),
+            four_bit=four_bit_base(dequantized_base, double_quant=double_quant),
+            match_peft=match_peft,
         )
         console.result(report.as_json() if json else report.text())
         return 0 if report.good else 1

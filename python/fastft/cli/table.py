@@ -46,6 +46,8 @@ COMMANDS = (
     Command(("convert", "pth_to_hf"), "convert_pth:pth_to_hf"),
     Command(("convert", "merge"), "convert_merge:merge"),
     Command(("convert", "verify"), "convert_verify:verify"),
+    Command(("convert", "quantize"), "convert_quantize:quantize"),
+    Command(("convert", "dequantize"), "convert_quantize:dequantize"),
     Command(("convert", "split"), "convert_split:split"),
     Command(("chat",), "chat:chat"),
     Command(("doctor",), "doctor:doctor"),

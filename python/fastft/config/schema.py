@@ -36,7 +36,11 @@ class Model(Section):
         "pretrained", description="`random` takes config.json and tokenizer from `name` and draws new weights"
     )
     dtype: Dtype = Field(
-        "auto", description="dtype of the frozen weights; auto: the checkpoint's own (fp32 on a CPU for full and qlora)"
+        "auto",
+        description=(
+            "dtype of the weights; auto: the checkpoint's own for a frozen base (fp32 on a CPU for qlora), fp32 for full, "
+            "with products in bf16 on a GPU"
+        ),
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="attention code; auto: what transformers chooses"

@@ -1,7 +1,8 @@
 """A folder of weights as Hugging Face lays it out: which tensors it has and where their bytes are.
 
-Reads config.json, and model.safetensors or the index and its shards (only the headers). What is broken or cannot be
-read as plain numbers is refused here, before anything is written.
+Reads config.json, and model.safetensors or the index and its shards (only the headers). 4-bit weights of bitsandbytes are
+seen as the numbers that they stand for. What is broken or cannot be read as numbers is refused here, before anything is
+written.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft import _native
+from fastft.convert import bitsandbytes_layout
 from fastft.convert.json_file import read_object
 from fastft.convert.source import Fingerprint, Source, fingerprint
 from fastft.errors import CheckpointError, FileError, PlanError
@@ -40,15 +42,18 @@ class Checkpoint:
 
     Attributes:
         folder: absolute path.
-        config: config.json; empty where none was asked for.
+        config: config.json, without the quantization block where 4-bit weights are seen as numbers; empty where none was
+            asked for.
         tensors: name to bytes, in the order of the shards and then of the header.
         fingerprints: the files that were read.
+        quantization: that block; None for plain weights.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Source]
     fingerprints: tuple[Fingerprint, ...] = field(repr=False)
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -61,16 +66,27 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         FileError: the folder or a file of it is missing.
         CheckpointError: the index and the shards disagree, or a header is broken.
-        PlanError: the weights are quantized.
+        PlanError: the weights are quantized, and not to 4 bit by bitsandbytes.
     """
     folder = existing_folder(folder, "the base model")
     config_path = folder / "config.json"
     if not config_path.exists():
         raise FileError(f"{folder}: no config.json there; give the folder of a model in Hugging Face's layout")
     config = read_object(config_path)
+    quantization = bitsandbytes_layout.settings_of(config)
+    if quantization is not None:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     refuse_quantized(folder, config)
     tensors, files = read_weights(folder)
-    return Checkpoint(folder, config, tensors, tuple(fingerprint(path) for path in (config_path, *files)))
+    if quantization is not None:
+        tensors = bitsandbytes_layout.unpacked(folder, config, tensors)
+    elif bitsandbytes_layout.is_packed(tensors):
+        raise CheckpointError(
+            f"{folder}: holds 4-bit weights, but config.json has no quantization_config that says so; add the one that"
+            " they were saved with"
+        )
+    fingerprints = tuple(fingerprint(path) for path in (config_path, *files))
+    return Checkpoint(folder, config, tensors, fingerprints, quantization)
 
 
 def existing_folder(folder: Path, what: str) -> Path:
@@ -100,7 +116,7 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
         name = _QUANTIZED.get(method, method)
         raise PlanError(
             f"{folder}: its weights are quantized ({name}); give the 16-bit model that they were made from"
-            " (the adapter fits it too), or dequantize the folder first"
+            " (an adapter fits it too), or dequantize the folder first"
         )
 
 

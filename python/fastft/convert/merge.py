@@ -1,118 +1,45 @@
 """`fastft convert merge`: one folder of plain weights out of a base and its adapters.
 
-`plan` reads headers only and refuses everything that cannot be right; `execute` runs the plan into a staging folder,
-checks the result and puts it in place.
+`plan` reads headers only and refuses everything that cannot be right; `execute` (of `rewrite`) runs the plan.
 """
 
-import resource
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fastft import console, publish
-from fastft.convert import peft_layers
+from fastft.convert import offsets, peft_layers, quantized
 from fastft.convert.adapter import Adapter, read_adapter
+from fastft.convert.bitsandbytes_layout import BLOCKSIZES, CONV1D_MODELS, config_block
 from fastft.convert.folder import Checkpoint, read_checkpoint
 from fastft.convert.four_bit import FourBit
 from fastft.convert.matching import NameOptions
-from fastft.convert.model_config import ConfigEdits, edited_text
+from fastft.convert.model_config import ConfigEdits
 from fastft.convert.names import BaseNames, Joined, TokenRows, join
 from fastft.convert.plan import (
     Cast,
     Copy,
     Delta,
     Dora,
-    FourBitMerge,
     Merge,
     OutputTensor,
     Part,
     PeftLayer,
     Rows,
-    Shard,
     Shift,
-    into_shards,
     natural_order,
     taken_over,
+    with_sources,
 )
-from fastft.convert.sidefiles import copy_side_files, side_files
+from fastft.convert.rewrite import RewritePlan, execute
+from fastft.convert.sidefiles import side_files
 from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
-from fastft.convert.source import DTYPES, FLOATS, Source, check_unchanged, read_bytes
-from fastft.convert.stream import write_shards
-from fastft.convert.target import check_target
+from fastft.convert.source import CONFIG_DTYPES, DTYPES, FLOATS, Seen, Source, read_bytes
 from fastft.convert.tied import Tied, find_tied, is_embedding
 from fastft.errors import PlanError, UsageError
 
-
-@dataclass(frozen=True)
-class MergePlan:
-    """Everything that a merge will do.
-
-    Attributes:
-        base: the folder that is merged into.
-        adapters: with the weight that multiplies each.
-        shards: the files of the result and the tensors in them.
-        changed: names of the tensors that an adapter changes.
-        edits: what becomes of config.json.
-        side_files: name in the result to the file to copy.
-        notes: what the user should know, a sentence each.
-    """
-
-    base: Checkpoint
-    adapters: tuple[tuple[Adapter, float], ...]
-    shards: tuple[Shard, ...]
-    changed: frozenset[str]
-    edits: ConfigEdits
-    side_files: Mapping[str, Path]
-    notes: tuple[str, ...]
-
-    @property
-    def tensors(self) -> tuple[OutputTensor, ...]:
-        return tuple(tensor for shard in self.shards for tensor in shard.tensors)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    def as_table(self) -> str:
-        """Write the plan as text of 80 columns."""
-        from fastft.convert.plan_table import as_table
-
-        return as_table(self)
-
-    def as_json(self) -> str:
-        """Write the plan as JSON."""
-        from fastft.convert.plan_table import as_json
-
-        return as_json(self)
-
-    @property
-    def sources(self) -> tuple[Path, ...]:
-        return (self.base.folder, *(adapter.folder for adapter, _ in self.adapters))
-
-
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """How a merge went."""
-
-    folder: Path
-    num_bytes: int
-    duration_s: float
-    num_tensors: int
-    num_changed: int
-    num_checked: int
-    peak_memory_bytes: int
-
-    def line(self) -> str:
-        """Say it in one line."""
-        rate = self.num_bytes / max(self.duration_s, 1e-3)
-        return (
-            f"merged into {self.folder}: {readable(self.num_bytes)} in {self.duration_s:.1f} s ({readable(rate)}/s,"
-            f" {readable(self.peak_memory_bytes)} of memory), {self.num_changed} of {self.num_tensors} tensors"
-            f" changed, {self.num_checked} checked"
-        )
+__all__ = ["RewritePlan", "execute", "output_dtype", "plan", "planned_tensors", "read_base"]
 
 
 def plan(
@@ -122,9 +49,11 @@ def plan(
     dtype: str = "auto",
     max_shard_size_bytes: int = DEFAULT_MAX_SHARD_SIZE_BYTES,
     names: NameOptions | None = None,
-    four_bit: FourBit | None = None,
+    four_bit: FourBit | Literal["auto"] | None = "auto",
     match_peft: bool = False,
-) -> MergePlan:
+    quantize: FourBit | None = None,
+    skip: Sequence[str] = (),
+) -> RewritePlan:
     """Plan a merge; reads config files and headers, writes nothing.
 
     Args:
@@ -134,8 +63,11 @@ def plan(
         dtype: auto (each tensor keeps the base's), bf16, fp16 or fp32 (all floating tensors).
         max_shard_size_bytes: greedy limit of a file of the result.
         names: how names are found where they are not equal, and what of the base is meant.
-        four_bit: merge onto the linear layers as a QLoRA training saw them, quantized like this and back.
+        four_bit: merge onto the linear layers as a QLoRA training saw them, quantized like this and back; auto: as the
+            fastft_training.json beside the adapter says, if there is one; None: onto the weights as they are.
         match_peft: round where PEFT's merge rounds, more than once in some layers.
+        quantize: write the linear layers of the result in 4 bit.
+        skip: with `quantize`: further modules that stay as they are.
 
     Raises:
         FileError, CheckpointError, PlanError: what is missing, broken, or cannot be merged right.
@@ -147,65 +79,38 @@ def plan(
     read = tuple((read_adapter(folder), weight) for folder, weight in adapters)
     joined = _joined(base, tied, read, names, match_peft=match_peft)
     tensors, untied = _output_tensors(base, joined, tied, output_dtype(dtype), read)
-    if four_bit is not None:
-        tensors = _onto_four_bit(tensors, base, four_bit, read)
+    if match_peft:
+        tensors = [_rounded_as_peft(tensor) for tensor in tensors]
+    seen = as_trained(base, read) if four_bit == "auto" else four_bit
+    if seen is not None:
+        tensors = _onto_four_bit(tensors, base, seen, read)
     peft_layers.check(tensors)
-    notes = [*_training_notes(read, four_bit), *_peft_notes(read, match_peft=match_peft)]
+    notes = [
+        *_base_notes(base, read, seen, quantize, asked=four_bit != "auto"),
+        *_peft_notes(read, match_peft=match_peft),
+    ]
     if untied:
         notes.append(
             f"the head and the embedding shared one tensor and differ now: both are written"
             f" (+{readable(base.tensors[tied.embedding].nbytes if tied else 0)}) and tie_word_embeddings becomes false"
         )
     is_clip = names is not None and names.is_clip
-    edits = ConfigEdits(output_dtype(dtype), untied, _vocab_size(base, joined), vision_only=is_clip)
-    return MergePlan(
+    block = None
+    if quantize is not None:
+        layers = quantized.layers(base, skip)
+        block = config_block(quantize, _dtype_of(tensors, layers.tensors), layers.skip)
+        tensors = quantized.quantized(tensors, layers.tensors, quantize)
+        notes += layers.notes
+    edits = ConfigEdits(output_dtype(dtype), untied, _vocab_size(base, joined), vision_only=is_clip, quantization=block)
+    return RewritePlan(
         base,
         read,
-        into_shards(sorted(tensors, key=lambda tensor: natural_order(tensor.name)), max_shard_size_bytes),
+        tuple(sorted(tensors, key=lambda tensor: natural_order(tensor.name))),
+        max_shard_size_bytes,
         frozenset(joined.changed),
         edits,
         side_files(base.folder, [adapter.folder for adapter, _ in read], vision_only=is_clip),
         tuple(notes),
-    )
-
-
-def execute(plan: MergePlan, save_path: Path, *, force: bool = False) -> MergeReport:
-    """Run a plan: `save_path` holds the whole result afterwards, or is as it was before.
-
-    Args:
-        plan: from `plan`.
-        save_path: folder to be made.
-        force: replace it where it exists.
-
-    Raises:
-        PlanError, FileError: the target is not allowed, or there is no room.
-        CheckpointError: a value overflows or is not finite, an input changed, or the check of the result failed.
-    """
-    from fastft.convert.verify import check_sample
-
-    started = time.monotonic()
-    check_target(save_path, plan.sources, plan.num_bytes + peft_layers.scratch_bytes(plan.tensors), force=force)
-    for note in plan.notes:
-        console.note(note)
-    with publish.staged(save_path, force=force) as stage:
-        shards = peft_layers.materialized(plan.shards, stage)
-        write_shards(shards, stage, "merging")
-        copy_side_files(dict(plan.side_files), stage)
-        (stage / "config.json").write_bytes(edited_text(plan.base.folder / "config.json", plan.base.config, plan.edits))
-        num_checked = check_sample([tensor for shard in shards for tensor in shard.tensors], stage)
-        peft_layers.remove_scratch(stage)
-        check_unchanged(plan.base.fingerprints)
-        for adapter, _ in plan.adapters:
-            check_unchanged(adapter.fingerprints)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return MergeReport(
-        save_path,
-        plan.num_bytes,
-        time.monotonic() - started,
-        len(plan.tensors),
-        len(plan.changed),
-        num_checked,
-        peak,
     )
 
 
@@ -227,7 +132,7 @@ def planned_tensors(
     adapters: Sequence[tuple[Adapter, float]],
     dtype: str | None,
     names: NameOptions | None = None,
-    four_bit: FourBit | None = None,
+    four_bit: FourBit | Literal["auto"] | None = "auto",
     *,
     match_peft: bool = False,
 ) -> list[OutputTensor]:
@@ -235,7 +140,63 @@ def planned_tensors(
     tied = find_tied(base.config, base.tensors)
     joined = _joined(base, tied, adapters, names, match_peft=match_peft)
     tensors = _output_tensors(base, joined, tied, dtype, adapters)[0]
-    return tensors if four_bit is None else _onto_four_bit(tensors, base, four_bit, adapters)
+    if match_peft:
+        tensors = [_rounded_as_peft(tensor) for tensor in tensors]
+    seen = as_trained(base, adapters) if four_bit == "auto" else four_bit
+    return tensors if seen is None else offsets.found(_onto_four_bit(tensors, base, seen, adapters))
+
+
+def as_trained(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> FourBit | None:
+    """How the trainings held the base, by the fastft_training.json beside each adapter; None: as it is in the folder.
+
+    Raises:
+        PlanError: they held it differently, or what is said is not known.
+    """
+    if base.quantization is not None or _fused_scales(base, adapters):
+        return None
+    said = {_four_bit_of(adapter) for adapter, _ in adapters}
+    if len(said) > 1:
+        raise PlanError(
+            "the adapters were trained on the base held in different ways (fastft_training.json); say with"
+            " --dequantized-base none, nf4 or fp4 which one to merge onto"
+        )
+    return said.pop() if said else None
+
+
+def _fused_scales(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> bool:
+    """Whether the scales of a training with double quantization go across what InternLM2's own files fuse."""
+    return base.config.get("model_type") == "internlm2" and any(
+        (four_bit := _four_bit_of(adapter)) is not None and four_bit.double_quant for adapter, _ in adapters
+    )
+
+
+def _four_bit_of(adapter: Adapter) -> FourBit | None:
+    said = _quantization(adapter)
+    if not said:
+        return None
+    quant_type, blocksize = said.get("type"), said.get("blocksize", 64)
+    if quant_type not in ("nf4", "fp4") or blocksize not in BLOCKSIZES:
+        raise PlanError(
+            f"{adapter.folder}: its fastft_training.json says the base was held in {quant_type!r} with blocks of"
+            f" {blocksize!r}, which is not known; say --dequantized-base none, nf4 or fp4"
+        )
+    weights_dtype = said.get("weights_dtype")
+    known = {word: dtype for dtype, word in CONFIG_DTYPES.items()}
+    if weights_dtype is not None and weights_dtype not in known:
+        raise PlanError(
+            f"{adapter.folder}: its fastft_training.json says the weights were unpacked to {weights_dtype!r}, which is"
+            " not known; say --dequantized-base none, nf4 or fp4"
+        )
+    dtype = None if weights_dtype is None else known[weights_dtype]
+    return FourBit(quant_type, bool(said.get("double_quant")), blocksize, dtype)
+
+
+def _rounded_as_peft(tensor: OutputTensor) -> OutputTensor:
+    """Let the updates of embeddings and experts be rounded before they are added (spec/formats.md 2.1)."""
+    operation = tensor.operation
+    if not isinstance(operation, Merge) or not any(delta.rounded_by_peft for delta in operation.deltas):
+        return tensor
+    return replace(tensor, operation=replace(operation, round_delta=True))
 
 
 def _onto_four_bit(
@@ -254,10 +215,15 @@ def _onto_four_bit(
             f"{base.folder}: with double quantization the fused wqkv of InternLM2's own files cannot be taken back to"
             " 4 bit as the training did; merge onto the folder in Llama's layout"
         )
+    if base.quantization is not None:
+        raise PlanError(
+            f"{base.folder}: its weights are in 4 bit already, and are merged as the training saw them; leave"
+            " --dequantized-base out"
+        )
     skipped = {name for adapter, _ in adapters for name in _quantization(adapter).get("skip") or ()}
+    transposed = base.config.get("model_type") in CONV1D_MODELS
     changed: list[OutputTensor] = []
     for tensor in tensors:
-        operation = tensor.operation
         path = tensor.name.removesuffix(".weight")
         held_in_4_bit = (
             tensor.name in base.tensors
@@ -271,15 +237,26 @@ def _onto_four_bit(
         )
         if not held_in_4_bit:
             changed.append(tensor)
-        elif isinstance(operation, Dora | PeftLayer):
-            raise PlanError(f"{tensor.name!r}: DoRA onto a 4-bit base is not built; merge onto the 16-bit base")
-        elif isinstance(operation, Copy | Cast) and operation.source != base.tensors[tensor.name]:
-            changed.append(tensor)  # replaced whole by the adapter
-        else:
-            deltas = operation.deltas if isinstance(operation, Merge) else ()
-            start = FourBitMerge(base.tensors[tensor.name], deltas, four_bit)
-            changed.append(OutputTensor(tensor.name, tensor.dtype, tensor.shape, start))
+            continue
+        if isinstance(tensor.operation, PeftLayer):
+            raise PlanError(
+                f"{tensor.name!r}: a {tensor.operation.module.kind} onto a 4-bit base is not built; merge onto the 16-bit"
+                " base"
+            )
+        # What the adapter replaces whole has another source, and stays as it is.
+        source = base.tensors[tensor.name]
+        lens = Seen(four_bit.type, four_bit.blocksize, source.dtype, four_bit.double_quant, transposed=transposed)
+        seen = replace(source, lens=lens, dtype=four_bit.weights_dtype or source.dtype)
+        operation, _ = with_sources(tensor.operation, {source: seen})
+        if isinstance(operation, Copy) and operation.source.dtype != tensor.dtype:
+            operation = Cast(operation.source)
+        changed.append(replace(tensor, operation=operation))
     return changed
+
+
+def _dtype_of(tensors: Sequence[OutputTensor], names: Mapping[str, bool]) -> str:
+    """Give the dtype of the weights that will be quantized, which is that of the products, too."""
+    return next(tensor.dtype for tensor in tensors if tensor.name in names)
 
 
 def read_base(folder: Path, names: NameOptions | None) -> Checkpoint:
@@ -457,8 +434,8 @@ def _same_delta(embedding: Delta, head: Delta) -> bool:
 
 
 def _differ(one: Source, other: Source) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return True
+    if (one.dtype, one.shape, one.lens) != (other.dtype, other.shape, other.lens) or one.lens is not None:
+        return one != other
     step = 16 * 1024 * 1024
     return any(
         read_bytes(one, start, min(step, one.nbytes - start)) != read_bytes(other, start, min(step, one.nbytes - start))
@@ -479,20 +456,34 @@ def _vocab_size(base: Checkpoint, joined: Joined) -> int | None:
     return sizes.pop() if sizes else None
 
 
-def _training_notes(adapters: Sequence[tuple[Adapter, float]], four_bit: FourBit | None) -> list[str]:
-    """Say what the sidecar of a training tells about the right base."""
+def _base_notes(
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    four_bit: FourBit | None,
+    quantize: FourBit | None,
+    *,
+    asked: bool,
+) -> list[str]:
+    """Say what is known about the right base; `asked`: the user chose it."""
+    if base.quantization is not None:
+        notes = [f"{base.folder.name} is in 4 bit: its weights are dequantized on the way"]
+        if quantize is not None:
+            notes.append("and quantized again, which costs about as much precision as the first time")
+        return notes
     notes = []
     for adapter, _ in adapters:
         quantization = _quantization(adapter)
         if quantization and four_bit is None:
+            why = "" if asked else "; what double quantization made of the fused wqkv of these files cannot be known"
             notes.append(
                 f"{adapter.folder.name} was trained on a {_kind(quantization)} copy of the base (QLoRA); it is merged"
-                " onto the weights as they are in the base folder, which is the usual way"
+                f" onto the weights as they are in the base folder{why}"
             )
     if four_bit is not None:
         double = " with double quantization" if four_bit.double_quant else ""
+        how = "" if asked else " (fastft_training.json; --dequantized-base none merges onto the folder's own weights)"
         notes.append(
-            f"the linear layers start from what {four_bit.type}{double} made of them, as the training saw them"
+            f"the linear layers start from what {four_bit.type}{double} made of them, as the training saw them{how}"
         )
     return notes
 

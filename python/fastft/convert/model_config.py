@@ -21,12 +21,14 @@ class ConfigEdits:
         untied: head and embedding are two tensors now.
         vocab_size: rows of the embedding, where that changed.
         vision_only: the weights are the vision tower of a CLIP now.
+        quantization: the quantization block, for weights that are 4-bit now.
     """
 
     dtype: str | None = None
     untied: bool = False
     vocab_size: int | None = None
     vision_only: bool = False
+    quantization: Mapping[str, Any] | None = None
 
 
 def edited_text(path: Path, config: Mapping[str, Any], edits: ConfigEdits) -> bytes:
@@ -66,4 +68,6 @@ def _edited_part(part: Mapping[str, Any], edits: ConfigEdits, *, top: bool, text
         new["tie_word_embeddings"] = False
     if edits.vocab_size is not None and text and "vocab_size" in part:
         new["vocab_size"] = edits.vocab_size
+    if edits.quantization is not None and top:
+        new["quantization_config"] = dict(edits.quantization)
     return new

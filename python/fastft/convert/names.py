@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # `model.layers.12.self_attn.q_proj`: what stands before and after the number of the layer.
 _NUMBERED = re.compile(r"(.*?\b(?:layers|h|blocks|block|layer)\.)(\d{1,6})(\..+)", re.ASCII)
 
+# A projection of one expert, which transformers 5 keeps with those of the others in one parameter.
+_EXPERT = re.compile(r"\.experts\.\d{1,6}\.", re.ASCII)
+
 
 @dataclass(frozen=True)
 class TokenRows:
@@ -172,7 +175,8 @@ def join(
                 joined.shifts.setdefault(name, []).append(_addend(adapter, low_rank, goal, shapes.get(name), weight))
             joined.deltas.setdefault(goal.name, []).append(_delta(adapter, low_rank, goal, shapes[goal.name], weight))
     for low_rank, goal in known.parameter_updates(adapter):
-        joined.deltas.setdefault(goal.name, []).append(_delta(adapter, low_rank, goal, shapes[goal.name], weight))
+        delta = replace(_delta(adapter, low_rank, goal, shapes[goal.name], weight), rounded_by_peft=True)
+        joined.deltas.setdefault(goal.name, []).append(delta)
     for path, source in adapter.token_rows.items():
         target = _found(known, f"{path}.weight")
         joined.token_rows[target] = _token_rows(adapter, path, source, shapes[target])
@@ -313,6 +317,7 @@ def _delta(adapter: Adapter, low_rank: LowRank, target: Target, shape: tuple[int
         target.rows,
         magnitude=low_rank.magnitude,
         b_columns=low_rank.b_columns,
+        rounded_by_peft=low_rank.embedding or _EXPERT.search(low_rank.path) is not None,
     )
 
 

@@ -138,6 +138,65 @@ class ModelNames:
         names = [kind.__name__ for kind in known if isinstance(module, kind)] or [type(module).__name__]
         return names[0], int(getattr(module, "groups", 1))
 
+    def kept_modules(self) -> list[str]:
+        """Give the modules that transformers leaves out when it quantizes: the head, what is tied, what stays in fp32.
+
+        Source: transformers 5.23, quantizers/base.py.
+        """
+        from transformers.quantizers.base import HfQuantizer
+
+        model: Any = self._model
+        kept: list[str] = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001 - as the quantizer asks it
+        return sorted(kept)
+
+    def linear_modules(self) -> list[str]:
+        """List the linear layers by their paths."""
+        return [path for path, _ in self._linear()]
+
+    def linear_tensors(self, kept: Sequence[str] | None) -> dict[str, bool]:
+        """Find the tensors of the files that transformers holds in 4 bit.
+
+        Args:
+            kept: modules that stay as they are; None: `kept_modules`.
+
+        Returns:
+            The names, and whether the layer is a Conv1D, whose transpose is quantized.
+
+        Raises:
+            PlanError: a linear layer lies in the files in pieces, or fused with others.
+            CheckpointError: it is not in the files at all.
+        """
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        model: Any = self._model
+        patterns = self.kept_modules() if kept is None else [*kept, *(model._keep_in_fp32_modules or ())]  # noqa: SLF001
+        found: dict[str, bool] = {}
+        for path, is_conv1d in self._linear():
+            if not should_convert_module(path, patterns):
+                continue
+            name = self._same.get(Key(f"{path}.weight"))
+            if name is not None:
+                found[name] = is_conv1d
+                continue
+            parameter = f"{path}.weight"
+            if parameter in self._places or parameter in self._refused:
+                raise PlanError(
+                    f"the linear layer {path} lies in the files in other pieces, where transformers could not read its"
+                    f" 4-bit form back; keep it as it is with --skip {path.rpartition('.')[2]}, or save the model in 4 bit"
+                    " with transformers"
+                )
+            raise CheckpointError(f"the files of the base have no tensor for {parameter}")
+        return found
+
+    def _linear(self) -> Iterator[tuple[str, bool]]:
+        """Give the path of each layer that bitsandbytes can hold in 4 bit, and whether it is a Conv1D."""
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        for path, module in self._model.named_modules():
+            if isinstance(module, Conv1D) or type(module) is nn.Linear:
+                yield path, isinstance(module, Conv1D)
+
     def parameter_updates(self, adapter: Adapter) -> Iterator[tuple[LowRank, Target]]:
         """Give the updates of bare parameters (experts, routers), one per expert and tensor of the files.
 

@@ -29,7 +29,7 @@ from fastft import _native, console
 from fastft.convert.arithmetic import Arithmetic
 from fastft.convert.folder import read_safetensors
 from fastft.convert.peft_kinds import KINDS
-from fastft.convert.plan import Copy, OutputTensor, PeftLayer, PeftModule, Shard
+from fastft.convert.plan import Copy, OutputTensor, PeftLayer, PeftModule, Quantize
 from fastft.convert.source import Source, read_bytes
 from fastft.errors import CheckpointError, PlanError
 
@@ -61,7 +61,7 @@ class PeftNumbers:
     """The rows of a `PeftLayer` as `verify` asks for them; computed whole, once."""
 
     def __init__(self, operation: PeftLayer) -> None:
-        self._base = Arithmetic(Copy(operation.source))
+        self._base = Arithmetic(Copy(operation.source), operation.source.dtype)
         self._merged: NDArray[np.float32] = merged(operation.module)[operation.part].float().numpy()
 
     def rows(self, start: int, count: int) -> "NDArray[np.float32]":
@@ -79,7 +79,7 @@ class PeftNumbers:
 
 def scratch_bytes(tensors: Iterable[OutputTensor]) -> int:
     """Count the bytes that `materialized` writes beside the result."""
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor.operation, PeftLayer))
+    return sum(tensor.nbytes for tensor in map(_computed, tensors) if tensor is not None)
 
 
 def check(tensors: Iterable[OutputTensor]) -> None:
@@ -105,11 +105,11 @@ def check(tensors: Iterable[OutputTensor]) -> None:
                 _release(_wrapped(module, torch.zeros(module.weight.shape), bias))
 
 
-def materialized(shards: Sequence[Shard], stage: Path) -> tuple[Shard, ...]:
+def materialized(tensors: Sequence[OutputTensor], stage: Path) -> tuple[OutputTensor, ...]:
     """Compute every `PeftLayer` of a plan; gives the plan with copies of the results in their place.
 
     Args:
-        shards: the plan.
+        tensors: the plan.
         stage: an existing folder that is written into; `remove_scratch` removes it again.
 
     Raises:
@@ -117,24 +117,39 @@ def materialized(shards: Sequence[Shard], stage: Path) -> tuple[Shard, ...]:
         PlanError: PEFT refuses its settings.
     """
     modules: dict[PeftModule, list[OutputTensor]] = {}
-    for tensor in (tensor for shard in shards for tensor in shard.tensors):
-        if isinstance(tensor.operation, PeftLayer):
+    for tensor in map(_computed, tensors):
+        if tensor is not None:
+            assert isinstance(tensor.operation, PeftLayer)
             modules.setdefault(tensor.operation.module, []).append(tensor)
     if not modules:
-        return tuple(shards)
+        return tuple(tensors)
     (stage / _SCRATCH).mkdir()
-    copies: dict[str, OutputTensor] = {}
+    copies: dict[str, Copy] = {}
     done = 0
-    total = sum(scratch_bytes(tensors) for tensors in modules.values())
+    total = scratch_bytes(tensors)
     with console.progress("merging with PEFT", total, "B") as advance:
-        for number, (module, tensors) in enumerate(modules.items()):
-            copies |= _written(module, tensors, stage / _SCRATCH / f"{number}.safetensors")
-            done += scratch_bytes(tensors)
+        for number, (module, parts) in enumerate(modules.items()):
+            copies |= _written(module, parts, stage / _SCRATCH / f"{number}.safetensors")
+            done += scratch_bytes(parts)
             advance(done)
-    return tuple(
-        dataclasses.replace(shard, tensors=tuple(copies.get(tensor.name, tensor) for tensor in shard.tensors))
-        for shard in shards
-    )
+    made = []
+    for tensor in tensors:
+        if tensor.name not in copies:
+            made.append(tensor)
+        elif isinstance(tensor.operation, Quantize):
+            operation = dataclasses.replace(tensor.operation, of=copies[tensor.name])
+            made.append(dataclasses.replace(tensor, operation=operation))
+        else:
+            made.append(dataclasses.replace(tensor, operation=copies[tensor.name]))
+    return tuple(made)
+
+
+def _computed(tensor: OutputTensor) -> OutputTensor | None:
+    """The numbers of a tensor that PEFT makes, before they are quantized where they are; None for the rest."""
+    operation = tensor.operation
+    if isinstance(operation, Quantize):
+        tensor = OutputTensor(tensor.name, operation.dtype, operation.shape, operation.of)
+    return tensor if isinstance(tensor.operation, PeftLayer) else None
 
 
 def remove_scratch(stage: Path) -> None:
@@ -189,8 +204,8 @@ def _release(model: Any) -> None:
         tensor.data = torch.empty(0)
 
 
-def _written(module: PeftModule, tensors: Sequence[OutputTensor], file: Path) -> dict[str, OutputTensor]:
-    """Merge a module into a file; gives its output tensors as copies from there, by name."""
+def _written(module: PeftModule, tensors: Sequence[OutputTensor], file: Path) -> dict[str, Copy]:
+    """Merge a module into a file; gives copies from there by the names of its output tensors."""
     import torch
 
     from fastft.native.array import SAFETENSORS, memory
@@ -209,7 +224,7 @@ def _written(module: PeftModule, tensors: Sequence[OutputTensor], file: Path) ->
     arrays = [(name, memory(result, f"tensor {name!r}")) for name, result in results.items()]
     _native.write_file(file, [(name, SAFETENSORS[found.dtype], found.shape, found.data) for name, found in arrays], {})
     found = read_safetensors(file)
-    return {tensor.name: dataclasses.replace(tensor, operation=Copy(found[tensor.name])) for tensor in tensors}
+    return {tensor.name: Copy(found[tensor.name]) for tensor in tensors}
 
 
 def _wrapped(module: PeftModule, weight: "torch.Tensor", bias: "torch.Tensor | None") -> Any:
@@ -343,7 +358,7 @@ def _numbers(source: Source, dtype: str | None) -> "torch.Tensor":
     import torch
 
     rows = source.shape[0]
-    numbers = torch.from_numpy(Arithmetic(Copy(source)).rows(0, rows)).reshape(source.shape)
+    numbers = torch.from_numpy(Arithmetic(Copy(source), source.dtype).rows(0, rows)).reshape(source.shape)
     return numbers if dtype is None else numbers.to(getattr(torch, _TORCH_DTYPES[dtype]))
 
 

@@ -5,7 +5,7 @@ Built by merge, pth and layout; printed by plan_table; run by stream, which hand
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fastft import _native
 from fastft.convert.folder import INDEX, SINGLE
 from fastft.convert.four_bit import FourBit
-from fastft.convert.source import FLOATS, Source, num_bytes
+from fastft.convert.source import FLOATS, Packed, Source, num_bytes
 from fastft.errors import PlanError
 
 
@@ -59,6 +59,7 @@ class Delta:
         rows: (row of the weight, row of the product, count) where the weight fuses several projections; None: all.
         magnitude: (out,), DoRA's norm of each row of the updated weight; None without DoRA.
         b_columns: (first, step): the columns of `b` that make the factor (one expert of many); None: all.
+        rounded_by_peft: PEFT rounds the product to the base's dtype before it adds it (embeddings, experts).
     """
 
     a: Source
@@ -68,6 +69,7 @@ class Delta:
     rows: tuple[tuple[int, int, int], ...] | None = None
     magnitude: Source | None = None
     b_columns: tuple[int, int] | None = None
+    rounded_by_peft: bool = False
 
     @property
     def rank(self) -> int:
@@ -76,17 +78,24 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """f32(W) plus the sum of the deltas, rounded once."""
+    """f32(W) plus the sum of the deltas, rounded once.
+
+    Attributes:
+        source: W.
+        deltas: the updates.
+        round_delta: their sum is rounded to the output's dtype before it is added, as PEFT does in some layers.
+    """
 
     source: Source
     deltas: tuple[Delta, ...]
+    round_delta: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Dora:
     """W + D with each row scaled to its trained magnitude (each column where the delta is transposed).
 
-    Where a delta names rows, only those are scaled; rows belong to one delta.
+    Where a delta names rows, only those are scaled; a row belongs to one delta.
     """
 
     source: Source
@@ -108,15 +117,6 @@ class Shift:
 
     source: Source
     addends: tuple[Addend, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FourBitMerge:
-    """The base as a 4-bit training saw it (quantized, dequantized, rounded to its dtype), plus the deltas."""
-
-    source: Source
-    deltas: tuple[Delta, ...]
-    four_bit: FourBit
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,51 @@ class PeftLayer:
         return self.module.bias
 
 
-Operation = Copy | Cast | Rows | Merge | Dora | Shift | FourBitMerge | PeftLayer
+Numbers = Copy | Cast | Rows | Merge | Dora | Shift | PeftLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Quantize:
+    """The 4-bit codes of what another operation makes, U8 (n/2 rounded up, 1); its scales are `ScalesOf` it.
+
+    Attributes:
+        of: makes the numbers.
+        dtype: they are rounded to it before they are quantized.
+        shape: of the numbers.
+        four_bit: how they are quantized.
+        transposed: the transpose is (GPT-2's Conv1D, whose weight is stored as (in, out)).
+        offset: with double quantization the mean of the scales; None: not known yet (`offsets.found`).
+    """
+
+    of: Numbers
+    dtype: str
+    shape: tuple[int, ...]
+    four_bit: FourBit
+    transposed: bool = False
+    offset: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScalesOf:
+    """The scales of a quantized tensor: F32, or U8 codes with double quantization.
+
+    Attributes:
+        tensor: its name.
+        nested: the F32 scales of the codes of the scales instead.
+    """
+
+    tensor: str
+    nested: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Given bytes."""
+
+    content: bytes = field(repr=False)
+
+
+Operation = Numbers | Quantize | ScalesOf | Bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +286,26 @@ def index_name(single: str = SINGLE) -> str:
     return INDEX if single == SINGLE else f"{single}.index.json"
 
 
-def is_computed(operation: Operation) -> bool:
-    """Tell whether `computed` makes the tensor, because the native stream has no such arithmetic."""
-    return isinstance(operation, Dora | Shift | FourBitMerge)
+def with_sources(
+    operation: Operation, changed: Mapping[Source, Source] | None = None
+) -> tuple[Operation, list[Source]]:
+    """Give the sources that an operation reads numbers from, and the operation with those in `changed` replaced.
+
+    The factors of an adapter are not among them.
+    """
+    changed = changed or {}
+    match operation:
+        case ScalesOf() | Bytes() | PeftLayer():
+            return operation, []
+        case Quantize(of):
+            inner, sources = with_sources(of, changed)
+            assert not isinstance(inner, Quantize | ScalesOf | Bytes)
+            return replace(operation, of=inner), sources
+        case Rows(parts):
+            new = tuple(replace(part, source=changed.get(part.source, part.source)) for part in parts)
+            return Rows(new), [part.source for part in parts]
+        case Copy(source) | Cast(source) | Merge(source) | Dora(source) | Shift(source):
+            return replace(operation, source=changed.get(source, source)), [source]
 
 
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -258,7 +319,22 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
 
     def side(source: Source) -> dict[str, Any]:
         number = files.setdefault(str(source.file), len(files))
-        return {"file": number, "offset": source.offset, "dtype": source.dtype, "shape": source.shape}
+        found = {"file": number, "offset": source.offset, "dtype": source.dtype, "shape": source.shape}
+        lens = source.lens
+        if lens is None:
+            return found
+        through: dict[str, Any] = {
+            "quant_type": lens.quant_type,
+            "blocksize": lens.blocksize,
+            "transposed": lens.transposed,
+        }
+        if isinstance(lens, Packed):
+            nested = lens.nested
+            through["absmax"] = side(lens.absmax)
+            through["nested"] = None if nested is None else {"absmax": side(nested.absmax), "offset": nested.offset}
+            return {**found, "packed": through}
+        assert not lens.double_quant or lens.offset is not None, "offsets.found comes before"
+        return {**found, "seen": {**through, "stored": lens.stored, "offset": lens.offset}}
 
     plan = [
         {
@@ -269,7 +345,7 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
                     "name": tensor.name,
                     "dtype": tensor.dtype,
                     "shape": tensor.shape,
-                    "op": _operation(tensor, side),
+                    "op": _operation(tensor.operation, side),
                 }
                 for tensor in shard.tensors
             ],
@@ -279,8 +355,8 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
     return json.dumps({"files": list(files), "shards": plan})
 
 
-def _operation(tensor: OutputTensor, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
-    match tensor.operation:
+def _operation(operation: Operation, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
+    match operation:
         case Copy(source):
             return {"kind": "copy", "source": side(source)}
         case Cast(source):
@@ -290,24 +366,50 @@ def _operation(tensor: OutputTensor, side: Callable[[Source], dict[str, Any]]) -
                 "kind": "rows",
                 "parts": [{"source": side(part.source), "start": part.start, "count": part.count} for part in parts],
             }
-        case Dora(source) | Shift(source) | FourBitMerge(source):
-            # The base for now; `computed` writes over it.
-            return {"kind": "copy" if source.dtype == tensor.dtype else "cast", "source": side(source)}
+        case Shift(source, addends):
+            return {
+                "kind": "shift",
+                "source": side(source),
+                "addends": [
+                    {"source": side(addend.source), "scale": addend.scale, "rows": addend.rows} for addend in addends
+                ],
+            }
         case PeftLayer():
             raise AssertionError("peft_layers.materialized makes copies of these")
-        case Merge(source, deltas):
+        case Bytes(content):
+            return {"kind": "bytes", "hex": content.hex()}
+        case ScalesOf(tensor, nested):
+            return {"kind": "nested_absmax_of" if nested else "absmax_of", "tensor": tensor}
+        case Quantize(of, numbers_dtype, shape, four_bit, transposed, offset):
+            assert not four_bit.double_quant or offset is not None, "offsets.found comes before"
+            return {
+                "kind": "quantize",
+                "of": _operation(of, side),
+                "dtype": numbers_dtype,
+                "shape": shape,
+                "quant_type": four_bit.type,
+                "blocksize": four_bit.blocksize,
+                "offset": offset,
+                "transposed": transposed,
+            }
+        case Merge(source, deltas, round_delta):
             return {
                 "kind": "merge",
                 "source": side(source),
-                "deltas": [
-                    {
-                        "a": side(delta.a),
-                        "b": side(delta.b),
-                        "scale": delta.scale,
-                        "transposed": delta.transposed,
-                        "rows": delta.rows,
-                        "b_columns": delta.b_columns,
-                    }
-                    for delta in deltas
-                ],
+                "round_delta": round_delta,
+                "deltas": [_delta(delta, side) for delta in deltas],
             }
+        case Dora(source, deltas):
+            return {"kind": "dora", "source": side(source), "deltas": [_delta(delta, side) for delta in deltas]}
+
+
+def _delta(delta: Delta, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "a": side(delta.a),
+        "b": side(delta.b),
+        "scale": delta.scale,
+        "transposed": delta.transposed,
+        "rows": delta.rows,
+        "b_columns": delta.b_columns,
+        "magnitude": None if delta.magnitude is None else side(delta.magnitude),
+    }

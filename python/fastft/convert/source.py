@@ -7,6 +7,7 @@ safetensors names them.
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 from fastft.errors import CheckpointError, FileError
 
@@ -36,6 +37,8 @@ FLOATS = ("F32", "F16", "BF16")
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
+QuantType = Literal["nf4", "fp4"]
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -44,14 +47,16 @@ class Source:
     Attributes:
         file: absolute path.
         offset: first byte, counted from the start of the file.
-        dtype: a key of `DTYPE_BYTES`.
-        shape: sizes of the dimensions.
+        dtype: a key of `DTYPE_BYTES`; with a lens, of the numbers that come out.
+        shape: sizes of the dimensions; with a lens, of the numbers that come out.
+        lens: how the numbers are made of the bytes; None: they lie there as they are.
     """
 
     file: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    lens: "Packed | Seen | None" = None
 
     @property
     def numel(self) -> int:
@@ -60,6 +65,56 @@ class Source:
     @property
     def nbytes(self) -> int:
         return num_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """Scales in 8 bit: F32 scales of each 256 of them, and their mean."""
+
+    absmax: Source
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The bytes are 4-bit codes of bitsandbytes; the numbers are dequantized as they are read (spec/formats.md 5.3).
+
+    Attributes:
+        quant_type: nf4 or fp4.
+        blocksize: numbers that share a scale.
+        absmax: the scales: F32, or U8 codes with `nested`.
+        nested: how the scales are held in 8 bit.
+        transposed: the codes are those of the transpose (GPT-2's Conv1D).
+    """
+
+    quant_type: QuantType
+    blocksize: int
+    absmax: Source
+    nested: Nested | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The numbers go through 4 bit as they are read: what QLoRA sees.
+
+    They are rounded to the source's dtype, quantized, dequantized, and rounded to it again.
+
+    Attributes:
+        quant_type: nf4 or fp4.
+        blocksize: numbers that share a scale.
+        stored: dtype in the file.
+        double_quant: the scales go through 8 bit.
+        offset: with double quantization the mean of the scales; None: not known yet (`offsets.found`).
+        transposed: the blocks run over the transpose (GPT-2's Conv1D).
+    """
+
+    quant_type: QuantType
+    blocksize: int
+    stored: str
+    double_quant: bool = False
+    offset: float | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +136,7 @@ def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 def rows_of(source: Source, start: int, count: int) -> Source:
     """Give some rows (dimension 0) of a tensor as a tensor of its own; the bytes stay where they are."""
+    assert source.lens is None, "rows of 4-bit numbers do not begin at a byte of their own"
     row_bytes = source.nbytes // source.shape[0]
     return replace(source, offset=source.offset + start * row_bytes, shape=(count, *source.shape[1:]))
 
@@ -115,6 +171,7 @@ def read_bytes(source: Source, start: int = 0, count: int | None = None) -> byte
     Raises:
         CheckpointError: the file ends earlier than its header says.
     """
+    assert source.lens is None, "the bytes of a source with a lens are not its numbers"
     count = source.nbytes - start if count is None else count
     with source.file.open("rb") as file:
         file.seek(source.offset + start)

@@ -4,12 +4,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastft import _native, console
-from fastft.convert.computed import fill_in
 from fastft.convert.folder import read_safetensors
 from fastft.convert.plan import Shard, index_name, index_text, native_json
-from fastft.errors import CheckpointError
+from fastft.errors import CheckpointError, PlanError
+
+if TYPE_CHECKING:
+    from fastft.convert.cuda_merge import CudaMerge
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,9 @@ class Streamed:
     duration_s: float
 
 
-def write_shards(shards: Sequence[Shard], folder: Path, what: str, *, single: str = "model.safetensors") -> Streamed:
+def write_shards(
+    shards: Sequence[Shard], folder: Path, what: str, *, single: str = "model.safetensors", on_gpu: bool = False
+) -> Streamed:
     """Write shards, and their index where there is more than one, into an existing folder.
 
     Args:
@@ -30,6 +35,7 @@ def write_shards(shards: Sequence[Shard], folder: Path, what: str, *, single: st
         folder: where; normally a staging folder of `publish.staged`.
         what: the work in a word, for the progress bar ("merging").
         single: the name of the one file, which the index is named after.
+        on_gpu: the arithmetic of merges runs on the GPU (`check_gpu` comes before).
 
     Raises:
         CheckpointError: a value that overflows the output's dtype, or a file that changed; from the native code.
@@ -39,13 +45,39 @@ def write_shards(shards: Sequence[Shard], folder: Path, what: str, *, single: st
     started = time.monotonic()
     with console.progress(what, total, "B") as advance:
         done = _native.run_plan(
-            native_json(shards, folder), progress=lambda now, in_all: advance(total * now / max(in_all, 1))
+            native_json(shards, folder),
+            progress=lambda now, in_all: advance(total * now / max(in_all, 1)),
+            device=_gpu() if on_gpu else None,
         )
-    fill_in(shards, folder)
     if len(shards) > 1:
         (folder / index_name(single)).write_text(index_text(shards), encoding="utf-8")
     check_written(shards, folder)
     return Streamed(done["bytes_read"], done["bytes_written"], done["tensors"], time.monotonic() - started)
+
+
+def check_gpu() -> None:
+    """Refuse `--device cuda` where it cannot be had.
+
+    Raises:
+        PlanError: torch, a GPU that it can use, or its compiler is not there.
+    """
+    way_out = "--device cpu (the default) needs no GPU and gives the same bits"
+    try:
+        import torch
+    except ImportError as error:
+        raise PlanError(f"--device cuda: torch is not installed; {way_out}") from error
+    if not torch.cuda.is_available():
+        raise PlanError(f"--device cuda: torch {torch.__version__} finds no CUDA device; {way_out}")
+    try:
+        _gpu()
+    except ImportError as error:
+        raise PlanError(f"--device cuda: triton, which compiles the kernel, is not installed; {way_out}") from error
+
+
+def _gpu() -> "CudaMerge":
+    from fastft.convert.cuda_merge import CudaMerge
+
+    return CudaMerge()
 
 
 def check_written(shards: Sequence[Shard], folder: Path) -> None:

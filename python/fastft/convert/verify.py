@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Literal
 from fastft import console
 from fastft.convert.adapter import read_adapter
 from fastft.convert.arithmetic import BLOCK_ELEMENTS, Arithmetic, row_bytes
+from fastft.convert.bitsandbytes_layout import is_packed, unpacked
 from fastft.convert.folder import existing_folder, read_weights
 from fastft.convert.four_bit import FourBit
+from fastft.convert.json_file import read_object
 from fastft.convert.matching import NameOptions
 from fastft.convert.merge import planned_tensors, read_base
 from fastft.convert.numbers import bits_of, rounded, ulp_distance, values_of
 from fastft.convert.peft_layers import PeftNumbers
-from fastft.convert.plan import Cast, Copy, Dora, Merge, OutputTensor, PeftLayer
-from fastft.convert.source import FLOATS, Source, read_bytes
+from fastft.convert.plan import Bytes, Cast, Copy, Dora, Merge, OutputTensor, PeftLayer, Quantize, ScalesOf
+from fastft.convert.source import FLOATS, Packed, Source, read_bytes
 from fastft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ def verify(
     adapters: Sequence[tuple[Path, float]],
     *,
     names: NameOptions | None = None,
-    four_bit: FourBit | None = None,
+    four_bit: FourBit | Literal["auto"] | None = "auto",
     match_peft: bool = False,
 ) -> VerifyReport:
     """Compute every tensor of `merged` again from the base and the adapters, and compare.
@@ -139,7 +141,7 @@ def verify(
         FileError, CheckpointError, PlanError: one of the folders cannot be read, or they do not fit together.
     """
     merged = existing_folder(merged, "the merged model")
-    written, _ = read_weights(merged)
+    written = _read(merged)
     read = [(read_adapter(folder), weight) for folder, weight in adapters]
     planned = planned_tensors(read_base(base, names), read, None, names, four_bit, match_peft=match_peft)
     checks: list[TensorCheck] = []
@@ -165,25 +167,41 @@ def check_sample(tensors: Sequence[OutputTensor], folder: Path) -> int:
     Raises:
         CheckpointError: a tensor is not what was planned.
     """
-    written, _ = read_weights(folder)
+    written = _read(folder)
     num_rows = None if sum(tensor.nbytes for tensor in tensors) <= _CHECK_ALL_BYTES else _SAMPLED_ROWS
-    for tensor in tensors:
+    checked = [tensor for tensor in tensors if not isinstance(tensor.operation, ScalesOf | Bytes)]
+    for tensor in checked:
         check = _check_tensor(tensor, written.get(tensor.name), num_rows)
         if not check.good:
             raise CheckpointError(
                 f"the result is not put in place: its tensor {tensor.name!r} is {check.status}"
                 f" ({_MEANING[check.status]}); this is a bug of fastft or a failing disk"
             )
-    return len(tensors)
+    return len(checked)
+
+
+def _read(folder: Path) -> dict[str, Source]:
+    """Find the tensors of a folder; 4-bit ones are seen as numbers, so that their companions are checked with them."""
+    tensors, _ = read_weights(folder)
+    if not is_packed(tensors):
+        return tensors
+    return unpacked(folder, read_object(folder / "config.json"), tensors)
 
 
 def _check_tensor(tensor: OutputTensor, written: Source | None, num_rows: int | None) -> TensorCheck:
     """Compare one tensor with its plan; `num_rows` rows at the start, in the middle and at the end, or all."""
+    planned = tensor.operation
+    if isinstance(planned, Quantize):
+        tensor = OutputTensor(tensor.name, planned.dtype, planned.shape, planned.of)
     targeted = not isinstance(tensor.operation, Copy | Cast)
     if written is None:
         return TensorCheck(tensor.name, "missing", targeted)
     if written.shape != tensor.shape:
         return TensorCheck(tensor.name, "shape", targeted)
+    if isinstance(planned, Quantize) and not _as_planned(planned, written):
+        return TensorCheck(tensor.name, "off", targeted)
+    if isinstance(written.lens, Packed):
+        return _check_codes(tensor, written, num_rows, targeted=targeted)
     if isinstance(tensor.operation, Merge | Dora):
         # Experts are rows there, and so are the kernels of a convolution.
         written = replace(written, shape=tensor.operation.source.shape)
@@ -193,11 +211,42 @@ def _check_tensor(tensor: OutputTensor, written: Source | None, num_rows: int | 
     return _check_floats(tensor, written, num_rows, targeted=targeted)
 
 
+def _as_planned(planned: Quantize, written: Source) -> bool:
+    lens = written.lens
+    if not isinstance(lens, Packed):
+        return False
+    settings = FourBit(planned.four_bit.type, lens.nested is not None, lens.blocksize)
+    offset = None if lens.nested is None else lens.nested.offset
+    return (lens.quant_type, settings, lens.transposed, offset) == (
+        planned.four_bit.type,
+        planned.four_bit,
+        planned.transposed,
+        planned.offset,
+    )
+
+
+def _check_codes(tensor: OutputTensor, written: Source, num_rows: int | None, *, targeted: bool) -> TensorCheck:
+    """Compare the codes of a 4-bit tensor."""
+    from fastft.convert.verify_quantized import compare
+
+    found = compare(_arithmetic(tensor), written, num_rows)
+    if found.num_off == 0:
+        return TensorCheck(tensor.name, "equal", targeted)
+    status: Status = "rounding" if found.explained else "base" if targeted and found.as_base else "off"
+    return TensorCheck(tensor.name, status, targeted, found.num_off)
+
+
+def _arithmetic(tensor: OutputTensor) -> Arithmetic | PeftNumbers:
+    operation = tensor.operation
+    assert not isinstance(operation, Quantize | ScalesOf | Bytes)
+    return PeftNumbers(operation) if isinstance(operation, PeftLayer) else Arithmetic(operation, tensor.dtype)
+
+
 def _check_floats(tensor: OutputTensor, written: Source, num_rows: int | None, *, targeted: bool) -> TensorCheck:
     import numpy as np
 
-    operation = tensor.operation
-    arithmetic = PeftNumbers(operation) if isinstance(operation, PeftLayer) else Arithmetic(operation)
+    # Rounded to what the file has: a merge with another --dtype is verified in that.
+    arithmetic = _arithmetic(replace(tensor, dtype=written.dtype))
     num_off = max_ulp = 0
     explained, as_base, base_expected = True, targeted, True
     for start, count in _blocks(written.shape, num_rows):
@@ -252,9 +301,12 @@ def _explained(
         if bound is None:
             return False
         center = exact[first : first + number]
-        low, high = (values_of(rounded(edge, dtype), dtype) for edge in (center - bound, center + bound))
+        # Numbers of the base that are not finite have no bounds; they are equal, or not to be explained.
+        with np.errstate(invalid="ignore"):
+            low, high = (values_of(rounded(edge, dtype), dtype) for edge in (center - bound, center + bound))
         part = found[first : first + number]
-        if not np.all((low <= part) & (part <= high)):
+        equal = ~differing.reshape(exact.shape)[first : first + number]
+        if not np.all((low <= part) & (part <= high) | equal):
             return False
     return True
 

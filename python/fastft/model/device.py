@@ -70,10 +70,11 @@ def weights_dtype(wanted: str, checkpoint: "torch.dtype", kind: str, device: "to
         device: where the training runs.
 
     Returns:
-        the checkpoint's own for `auto`, but fp32 on a CPU for full (all weights are trained) and qlora (the few weights
-        beside the 4-bit ones; a step takes 0.32 s instead of 0.57 s: 1.3 M weights, 1,024 tokens, one thread of an EPYC
-        with AVX512-BF16, 2026-11-24). fp16 becomes bf16 where the device has it, and that is said aloud: fp16
-        activations overflow in training, bf16 ones do not.
+        for `auto`: fp32 for full, since AdamW's small updates are lost in 16-bit weights (the products are 16-bit on a
+        GPU, see `products_dtype`). The checkpoint's own for lora and qlora, whose base is frozen; but fp32 on a CPU for
+        the few weights of qlora beside the 4-bit ones (a step takes 0.32 s instead of 0.57 s: 1.3 M weights, 1,024
+        tokens, one thread of an EPYC with AVX512-BF16, 2026-11-24). fp16 becomes bf16 where the device has it, and that
+        is said aloud: fp16 activations overflow in training, bf16 ones do not.
 
     Raises:
         ConfigError: `fp16` with `method: full`, whose small updates fp16 weights lose, or `bf16` on a GPU without it.
@@ -86,16 +87,46 @@ def weights_dtype(wanted: str, checkpoint: "torch.dtype", kind: str, device: "to
             raise ConfigError("model.dtype: fp16 with method full would lose small updates; use bf16, fp32 or auto")
         if dtype == torch.bfloat16 and not has_bf16(device):
             raise ConfigError("model.dtype: this GPU has no bf16; use fp16, fp32 or auto")
+        if kind == "full" and dtype == torch.bfloat16:
+            console.note(
+                "model: weights and AdamW's moments are bf16, 8 bytes per weight less than with model.dtype: auto; "
+                "small updates are lost"
+            )
         return dtype
-    if kind in {"full", "qlora"} and device.type == "cpu":
+    if kind == "full" or (kind == "qlora" and device.type == "cpu"):
         return torch.float32
     if checkpoint == torch.float16 and has_bf16(device):
         console.note("model: the checkpoint is fp16; trained in bf16, which has the range that gradients need")
         return torch.bfloat16
     if checkpoint == torch.bfloat16 and not has_bf16(device):
         console.note("model: the checkpoint is bf16, which this GPU lacks; fp16 is used")
-        return torch.float16 if kind != "full" else torch.float32
+        return torch.float16
     return checkpoint
+
+
+def products_dtype(wanted: str, weights: "torch.dtype", kind: str, device: "torch.device") -> "torch.dtype | None":
+    """The 16-bit dtype in which fp32 weights that are trained are multiplied (autocast); None: in their own.
+
+    Args:
+        wanted: `model.dtype` of the config.
+        weights: from `weights_dtype`.
+        kind: `method.kind`.
+        device: where the training runs.
+
+    Returns:
+        on a GPU, for full with `auto`: bf16, fp16 on a GPU without it. For lora and qlora the dtype of a 16-bit base:
+        its products are in it, and those of the fp32 adapters too; in fp32 these alone, 1 % of the arithmetic, would
+        take a tenth of the time and copy every input. None on a CPU, and where fp32 or a pure bf16 was asked for.
+    """
+    import torch
+
+    if device.type == "cpu":
+        return None
+    if kind == "full":
+        if wanted != "auto":
+            return None
+        return torch.bfloat16 if has_bf16(device) else torch.float16
+    return weights if weights in {torch.bfloat16, torch.float16} else None
 
 
 def compute_dtype(wanted: str, device: "torch.device") -> "torch.dtype":

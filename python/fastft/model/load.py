@@ -46,13 +46,23 @@ class Base:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to train; `model` is a PeftModel for lora and qlora."""
+    """A model ready to train.
+
+    Attributes:
+        model: transformers' model; a PeftModel for lora and qlora.
+        tokenizer: its tokenizer.
+        folder: the checkpoint as it was found.
+        base: where it lies.
+        quantized: how a 4-bit base is held, None for a plain one.
+        products: torch dtype to which fp32 weights are rounded in products; None: they are multiplied as they are.
+    """
 
     model: Any
     tokenizer: Any
     folder: Path
     base: Base
     quantized: Quantized | None
+    products: Any
 
 
 def locate(model: schema.Model) -> Base:
@@ -146,7 +156,8 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         quantized = quantization.describe(model)
     if config.method.lora is not None:
         model = adapter.attach(model, config.method.lora, base.name)
-    return Loaded(model, tokenizer, base.folder, base, quantized)
+    products = device.products_dtype(config.model.dtype, dtype, kind, on)
+    return Loaded(model, tokenizer, base.folder, base, quantized, products)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:

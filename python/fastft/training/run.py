@@ -6,7 +6,7 @@ a wrong path. `run` is the door for `fastft train`; `dry_run` does everything up
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import Any
 from fastft import console
 from fastft.config import schema, show
 from fastft.errors import DataError, FileError, TrainingError
+from fastft.model import device, quiet, tokenizer
 from fastft.model import load as model_load
-from fastft.model import quiet, tokenizer
 from fastft.training import folder, launch, resume
 from fastft.training.checkpoint import Checkpoint
 
@@ -118,7 +118,8 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     from transformers import set_seed
 
     set_seed(config.train.seed)  # adapters and new weights are drawn while loading
-    loaded = model_load.load_weights(config, prepared.base, prepared.tokenizer)
+    with _fits_on_gpu(config, lambda: "reading the weights"):
+        loaded = model_load.load_weights(config, prepared.base, prepared.tokenizer)
     about = record.describe(config, loaded, counts, steps)
     console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
     _require_space(work_dir, loaded.model, config)
@@ -171,7 +172,6 @@ def _train(
 
     from fastft.chat import session
     from fastft.data.collate import Collator
-    from fastft.model import device
     from fastft.training import record, trainer
     from fastft.training.interrupt import Interrupt
     from fastft.training.metrics import Metrics
@@ -179,8 +179,7 @@ def _train(
     from fastft.training.samples import SampleAnswers
 
     steps = int(about["steps"])
-    dtype = next(loaded.model.parameters()).dtype
-    arguments = trainer.arguments(config, work_dir, steps, dtype, device.choose())
+    arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose())
     interrupt = Interrupt()
     talk = session.Talk(loaded.model, loaded.tokenizer, continues=config.task == "pretrain")
     with console.progress("training", steps, "steps") as advance:
@@ -190,23 +189,24 @@ def _train(
             work_dir / "samples.jsonl", talk, config.samples, config.train.sample_steps, speaks=writes
         )
         has_eval = data.eval is not None and len(data.eval) > 0
-        work = trainer.FastftTrainer(
-            config=config,
-            model=loaded.model,
-            args=arguments,
-            collate=Collator(tokenizer.pad_id(loaded.tokenizer)),
-            train_rows=data.train,
-            eval_rows=data.eval if has_eval else None,
-            tokenizer=loaded.tokenizer,
-            callbacks=[metrics, answers, Periodic(config.train.eval_steps if has_eval else None), interrupt],
-            record={"config": resume.flat(config), "data": about["data"]},
-            extra_files=lambda place: record.write(place, about),
-        )
-        status.trainer = work
-        with interrupt.listening(), _translated(work_dir, work):
-            output = work.train(resume_from_checkpoint=str(found.path) if found else None)
-        if has_eval and interrupt.received is None:
-            work.evaluate()
+        with _fits_on_gpu(config, status.where):
+            work = trainer.FastftTrainer(
+                config=config,
+                model=loaded.model,
+                args=arguments,
+                collate=Collator(tokenizer.pad_id(loaded.tokenizer)),
+                train_rows=data.train,
+                eval_rows=data.eval if has_eval else None,
+                tokenizer=loaded.tokenizer,
+                callbacks=[metrics, answers, Periodic(config.train.eval_steps if has_eval else None), interrupt],
+                record={"config": resume.flat(config), "data": about["data"]},
+                extra_files=lambda place: record.write(place, about),
+            )
+            status.trainer = work
+            with interrupt.listening(), _disk_named(work_dir):
+                output = work.train(resume_from_checkpoint=str(found.path) if found else None)
+            if has_eval and interrupt.received is None:
+                work.evaluate()
     if interrupt.received is not None:
         _say_how_to_go_on(work_dir, work.state.global_step)
         raise SystemExit(interrupt.exit_code)
@@ -225,19 +225,35 @@ class Status:
         """Loss of the last micro-batch, and tokens seen in this session."""
         return self.trainer.last_loss, self.trainer.tokens_seen
 
+    def where(self) -> str:
+        """Which step is made: `step 3`."""
+        return f"step {1 if self.trainer is None else self.trainer.state.global_step + 1}"
+
 
 @contextmanager
-def _translated(work_dir: Path, work: Any) -> Iterator[None]:
-    """Errors of torch that mean something to the user."""
+def _fits_on_gpu(config: schema.Config, where: Callable[[], str]) -> Iterator[None]:
+    """A full GPU is the user's to mend: say what would help with this method."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as cause:
+        smaller = {
+            "full": "set model.dtype: bf16 and train.optimizer: adamw_8bit, or use method lora or qlora",
+            "lora": "use method qlora",
+            "qlora": "choose a smaller model",
+        }[config.method.kind]
         raise TrainingError(
-            f"step {work.state.global_step + 1}: the GPU's memory is full; lower train.batch_size (and raise "
-            "grad_accumulation) or data.max_length, or use method qlora"
+            f"{where()}: the GPU's memory is full; lower train.batch_size (and raise grad_accumulation) or "
+            f"data.max_length, or {smaller}"
         ) from cause
+
+
+@contextmanager
+def _disk_named(work_dir: Path) -> Iterator[None]:
+    """An error of the disk during the training names the run folder."""
+    try:
+        yield
     except OSError as cause:
         if isinstance(cause, FileError):
             raise
@@ -250,6 +266,8 @@ def _write_result(artifact: Path, work_dir: Path, loaded: model_load.Loaded, abo
     from fastft import publish
     from fastft.training import record, trainer
 
+    if about["method"] == "full":
+        _in_dtype_of_base(loaded)
     try:
         with publish.staged(artifact, force=True) as staging:
             trainer.save_model(loaded.model, loaded.tokenizer, staging)
@@ -264,6 +282,26 @@ def _write_result(artifact: Path, work_dir: Path, loaded: model_load.Loaded, abo
         ) from cause
 
 
+def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
+    """Round a model that was trained in fp32 to the dtype of the checkpoint it came from, as a merge does.
+
+    The training is over; its checkpoints hold the fp32 weights.
+    """
+    import torch
+
+    dtype = model_load.checkpoint_dtype(loaded.base)
+    if loaded.model.dtype == dtype or not dtype.is_floating_point:
+        return
+    largest = max(float(p.detach().abs().max()) for p in loaded.model.parameters() if p.numel())
+    if largest > torch.finfo(dtype).max:
+        console.warn(
+            f"result: a weight is {largest:g}, too large for the base's {device.short_name(dtype)}; kept as fp32"
+        )
+        return
+    loaded.model.to(dtype)
+    console.note(f"result: written in {device.short_name(dtype)}, as the base is; the last checkpoint holds fp32")
+
+
 def _require_space(work_dir: Path, model: Any, config: schema.Config) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     folder.require_space(work_dir, trained * _STATE_BYTES, config.output.keep)
@@ -272,7 +310,7 @@ def _require_space(work_dir: Path, model: Any, config: schema.Config) -> None:
 def _held(loaded: model_load.Loaded) -> str:
     quantized = loaded.quantized
     if quantized is None:
-        return ""
+        return "" if loaded.products is None else f", products in {device.short_name(loaded.products)}"
     double = " double-quantized" if quantized.double_quant else ""
     return f", held in {quantized.type}{double}, products in {quantized.compute_dtype}"
 

@@ -31,8 +31,16 @@ def total_steps(train: schema.Train, num_rows: int, processes: int = 1) -> int:
     return train.max_steps or math.ceil(train.epochs * per_epoch)
 
 
-def arguments(config: schema.Config, run_dir: Path, steps: int, dtype: torch.dtype, on: torch.device) -> Any:
-    """TrainingArguments for a config; the names of today's transformers meet ours only here."""
+def arguments(config: schema.Config, run_dir: Path, steps: int, products: torch.dtype | None, on: torch.device) -> Any:
+    """TrainingArguments for a config; the names of today's transformers meet ours only here.
+
+    Args:
+        config: the run's config.
+        run_dir: the run folder.
+        steps: optimizer steps of the whole run.
+        products: from `load.Loaded`.
+        on: where the training runs.
+    """
     train = config.train
     if on.type == "cpu" and train.optimizer == "paged_adamw_8bit":
         console.note("optimizer: paged_adamw_8bit pages between GPU and RAM; on a CPU it is adamw_8bit")
@@ -62,8 +70,9 @@ def arguments(config: schema.Config, run_dir: Path, steps: int, dtype: torch.dty
         disable_tqdm=True,
         seed=train.seed,
         use_cpu=on.type == "cpu",
-        # fp16 activations with fp32 adapters need their loss scaled; bf16 ones do not.
-        fp16=on.type == "cuda" and dtype == torch.float16,
+        # Both are autocast; fp16's gradients need their loss scaled, which comes with it.
+        bf16=products == torch.bfloat16,
+        fp16=products == torch.float16,
         dataloader_num_workers=0,
         dataloader_pin_memory=on.type == "cuda",
         remove_unused_columns=False,

@@ -6,7 +6,7 @@ use std::path::Path;
 use thiserror::Error;
 
 /// A failure that the user can mend; its text is a whole sentence with file and reason.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error)]
 pub enum Error {
     /// A file of weights is broken or of a kind that cannot be read: `CheckpointError`.
     #[error("{0}")]

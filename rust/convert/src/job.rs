@@ -1,13 +1,17 @@
 //! A plan checked against its files: everything that can be refused is refused here, before the first byte is written.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::Mutex;
 
 use fastft_checkpoint::{Dtype, Error, Input, Layout, Result, TensorSpec};
 use fastft_kernels::Element;
 
+use crate::content::{self, Content};
+use crate::dora::Dora;
 use crate::merge::Merge;
 use crate::plan::{Operation, Part, Plan, Source, Tensor};
+use crate::quantize::{Companion, Quantize};
 
 /// A checked plan with its open files.
 #[derive(Debug)]
@@ -43,12 +47,20 @@ pub(crate) struct Made {
 pub(crate) enum Kind {
     /// A row is a byte.
     Copy { place: Place },
-    /// A row is a value.
-    Cast { place: Place, from: Number, to: Element },
+    /// A row is a value; the same dtype on both sides where the source is 4-bit.
+    Cast { content: Content, from: Number, to: Element },
     /// Rows are gathered; `to` is `None` where no part needs a cast.
     Rows { parts: Vec<PartPlace>, to: Option<Element> },
     /// Rows are read and low-rank products added.
     Merge(Box<Merge>),
+    /// The same, and rows or columns scaled to their magnitudes.
+    Dora(Box<Dora>),
+    /// A row is a byte.
+    Bytes(Vec<u8>),
+    /// Rows are those of the operation inside.
+    Quantize(Box<Quantize>),
+    /// Written with the tensor whose scales it holds.
+    Companion,
 }
 
 /// Where values start in which input.
@@ -59,13 +71,17 @@ pub(crate) struct Place {
 }
 
 /// A part of a gathered tensor.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct PartPlace {
-    /// Of its first row.
-    pub place: Place,
+    pub content: Content,
+    /// The row of the source that comes first.
+    pub start: u64,
     /// `None`: the bytes are copied.
     pub from: Option<Number>,
+    /// Bytes of a row of the source.
     pub row_bytes: u64,
+    /// Bytes of a number of the source.
+    pub value_bytes: usize,
     pub first_row: u64,
     pub num_rows: u64,
 }
@@ -87,12 +103,14 @@ impl Job {
         let inputs = plan.files.iter().map(|path| Input::open(path)).collect::<Result<Vec<_>>>()?;
         let mut job = Self { inputs, files: Vec::new(), tensors: Vec::new(), total_bytes: 0 };
         let mut paths = HashSet::new();
+        let mut companions = Vec::new();
         for shard in plan.shards {
             if !paths.insert(shard.path.clone()) {
                 return Err(Error::Plan(format!("{}: the plan writes this file twice", shard.path.display())));
             }
-            job.add_file(shard.path, &shard.metadata, shard.tensors)?;
+            job.add_file(shard.path, &shard.metadata, shard.tensors, &mut companions)?;
         }
+        job.join_companions(&companions)?;
         Ok(job)
     }
 
@@ -102,7 +120,58 @@ impl Job {
         self.total_bytes
     }
 
-    fn add_file(&mut self, path: PathBuf, metadata: &BTreeMap<String, String>, tensors: Vec<Tensor>) -> Result<()> {
+    /// Tells each quantized tensor where its scales go.
+    fn join_companions(&mut self, companions: &[Wanted]) -> Result<()> {
+        let mut by_name = HashMap::new();
+        for (index, made) in self.tensors.iter().enumerate() {
+            if matches!(made.kind, Kind::Quantize(_)) && by_name.insert(made.name.clone(), index).is_some() {
+                return Err(Error::Plan(format!("tensor {:?}: the plan quantizes two of this name", made.name)));
+            }
+        }
+        for wanted in companions {
+            let companion = &self.tensors[wanted.index];
+            let (file, offset, nbytes) = (companion.file, companion.offset, companion.row_bytes);
+            let check = Check { tensor: &companion.name, inputs: &self.inputs };
+            let Some(index) = by_name.get(&wanted.of) else {
+                return check.refuse(&format!("there is no quantized tensor {:?}", wanted.of));
+            };
+            let refused = check.refuse(&format!("it does not fit the scales of {:?}", wanted.of));
+            let made = &mut self.tensors[*index];
+            let before = made.file <= file;
+            let Kind::Quantize(quantize) = &mut made.kind else { return refused };
+            let count = quantize.num_values.div_ceil(quantize.blocks.size());
+            let expected = match (wanted.nested, quantize.offset) {
+                (false, None) => Some((Dtype::F32, count)),
+                (false, Some(_)) => Some((Dtype::U8, count)),
+                (true, Some(_)) => Some((Dtype::F32, count.div_ceil(fastft_kernels::nf4::nested::BLOCK))),
+                (true, None) => None,
+            };
+            let fits = expected.is_some_and(|(dtype, count)| {
+                dtype == wanted.dtype && nbytes == (count * if dtype == Dtype::F32 { 4 } else { 1 }) as u64
+            });
+            let twice = quantize.companions.iter().any(|known| known.nested == wanted.nested);
+            if !fits || !before || twice {
+                return refused;
+            }
+            quantize.companions.push(Companion { file, offset, nested: wanted.nested });
+        }
+        for made in &self.tensors {
+            if let Kind::Quantize(quantize) = &made.kind
+                && quantize.companions.len() != 1 + usize::from(quantize.offset.is_some())
+            {
+                return Err(Error::Plan(format!("tensor {:?}: the plan does not write all of its scales", made.name)));
+            }
+        }
+        Ok(())
+    }
+
+    fn add_file(
+        &mut self,
+        path: PathBuf,
+        metadata: &BTreeMap<String, String>,
+        tensors: Vec<Tensor>,
+        companions: &mut Vec<Wanted>,
+    ) -> Result<()> {
         let specs: Vec<_> = tensors.iter().map(spec).collect();
         let in_file = |error| match error {
             Error::Plan(reason) => Error::Plan(format!("{}: {reason}", path.display())),
@@ -114,7 +183,14 @@ impl Job {
             let Some(tensor) = tensors[placed.index].take() else { continue };
             let check = Check { tensor: &tensor.name, inputs: &self.inputs };
             let (num_rows, kind) = check.kind(&tensor, placed.nbytes)?;
-            let row_bytes = placed.nbytes.checked_div(num_rows).unwrap_or(0);
+            let row_bytes = match &kind {
+                Kind::Quantize(quantize) => (quantize.row_values * quantize.element.size_bytes()) as u64,
+                _ => placed.nbytes.checked_div(num_rows).unwrap_or(0),
+            };
+            if let Operation::AbsmaxOf { tensor: of } | Operation::NestedAbsmaxOf { tensor: of } = &tensor.op {
+                let nested = matches!(tensor.op, Operation::NestedAbsmaxOf { .. });
+                companions.push(Wanted { index: self.tensors.len(), of: of.clone(), nested, dtype: tensor.dtype });
+            }
             self.total_bytes += placed.nbytes;
             let file = self.files.len();
             self.tensors.push(Made { name: tensor.name, file, offset: placed.offset, num_rows, row_bytes, kind });
@@ -122,6 +198,14 @@ impl Job {
         self.files.push(File { path, head: layout.head, size_bytes: layout.size_bytes });
         Ok(())
     }
+}
+
+/// A tensor of scales that waits for the tensor that they belong to.
+struct Wanted {
+    index: usize,
+    of: String,
+    nested: bool,
+    dtype: Dtype,
 }
 
 fn spec(tensor: &Tensor) -> TensorSpec {
@@ -143,7 +227,7 @@ impl Check<'_> {
     fn kind(&self, tensor: &Tensor, nbytes: u64) -> Result<(u64, Kind)> {
         match &tensor.op {
             Operation::Copy { source } => {
-                let place = self.place(source)?;
+                let content = Content::check(self, source)?;
                 if source.dtype != tensor.dtype || source.dtype.size_bytes(&source.shape) != Some(nbytes) {
                     return self.refuse(&format!(
                         "a copy of {} {:?} cannot be {} {:?}",
@@ -153,26 +237,116 @@ impl Check<'_> {
                         tensor.shape
                     ));
                 }
-                Ok((nbytes, Kind::Copy { place }))
+                self.copy(source, content, nbytes)
             }
             Operation::Cast { source } => self.cast(tensor, source, nbytes),
             Operation::Rows { parts } => self.rows(tensor, parts),
-            Operation::Merge { source, deltas } => {
+            Operation::Merge { source, deltas, round_delta } => {
                 self.same_count(tensor, source)?;
-                let merge = Merge::check(self, source, self.element(tensor.dtype)?, deltas)?;
+                let merge = Merge::check(self, source, self.element(tensor.dtype)?, deltas, *round_delta)?;
                 Ok((merge.num_rows(), Kind::Merge(Box::new(merge))))
             }
+            Operation::Dora { source, deltas } => {
+                self.same_count(tensor, source)?;
+                let dora = Dora::check(self, source, self.element(tensor.dtype)?, deltas)?;
+                Ok((dora.num_rows(), Kind::Dora(Box::new(dora))))
+            }
+            Operation::Shift { source, addends } => {
+                self.same_count(tensor, source)?;
+                let merge = Merge::check_shift(self, source, self.element(tensor.dtype)?, addends)?;
+                Ok((merge.num_rows(), Kind::Merge(Box::new(merge))))
+            }
+            Operation::Bytes { hex } => {
+                let bytes = self.bytes(hex)?;
+                if bytes.len() as u64 != nbytes {
+                    return self.refuse(&format!("{} given bytes are not {nbytes}", bytes.len()));
+                }
+                Ok((nbytes, Kind::Bytes(bytes)))
+            }
+            Operation::Quantize { .. } => self.quantize(tensor, nbytes),
+            Operation::AbsmaxOf { .. } | Operation::NestedAbsmaxOf { .. } => Ok((1, Kind::Companion)),
         }
     }
 
-    fn cast(&self, tensor: &Tensor, source: &Source, nbytes: u64) -> Result<(u64, Kind)> {
-        let place = self.place(source)?;
-        self.same_count(tensor, source)?;
-        if source.dtype == tensor.dtype {
+    /// A copy: by the system where the bytes lie as they are wanted.
+    fn copy(&self, source: &Source, content: Content, nbytes: u64) -> Result<(u64, Kind)> {
+        if let Some(place) = content.place() {
             return Ok((nbytes, Kind::Copy { place }));
         }
+        let to = self.element(source.dtype)?;
+        Ok((nbytes / to.size_bytes() as u64, Kind::Cast { content, from: Number::Element(to), to }))
+    }
+
+    fn bytes(&self, hex: &str) -> Result<Vec<u8>> {
+        let digit = |sign: u8| char::from(sign).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        let pairs = hex.as_bytes().chunks(2);
+        let bytes = pairs.map(|pair| match pair {
+            [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
+            _ => None,
+        });
+        bytes.collect::<Option<_>>().map_or_else(|| self.refuse("its bytes are not in hex"), Ok)
+    }
+
+    fn quantize(&self, tensor: &Tensor, nbytes: u64) -> Result<(u64, Kind)> {
+        let Operation::Quantize { of, dtype, shape, quant_type, blocksize, offset, transposed } = &tensor.op else {
+            return self.refuse("it is not quantized");
+        };
+        if matches!(
+            **of,
+            Operation::Quantize { .. }
+                | Operation::Bytes { .. }
+                | Operation::AbsmaxOf { .. }
+                | Operation::NestedAbsmaxOf { .. }
+        ) {
+            return self.refuse("only numbers can be quantized");
+        }
+        let element = self.element(*dtype)?;
+        let numbers = Tensor { name: tensor.name.clone(), dtype: *dtype, shape: shape.clone(), op: (**of).clone() };
+        let Some(number_bytes) = dtype.size_bytes(shape) else { return self.refuse("it is too large") };
+        let (mut num_rows, mut inner) = self.kind(&numbers, number_bytes)?;
+        if let Kind::Copy { .. } = inner {
+            let (Operation::Copy { source } | Operation::Cast { source }) = &**of else {
+                return self.refuse("only numbers can be quantized");
+            };
+            inner = Kind::Cast { content: Content::check(self, source)?, from: Number::Element(element), to: element };
+            num_rows = number_bytes / element.size_bytes() as u64;
+        }
+        let small = |size: u64| usize::try_from(size).or_else(|_| self.refuse("it is too large for this machine"));
+        let num_values = small(number_bytes / element.size_bytes() as u64)?;
+        if tensor.dtype != Dtype::U8 || nbytes != num_values.div_ceil(2) as u64 || num_values == 0 {
+            return self.refuse(&format!(
+                "{num_values} numbers in 4 bit are not {} {:?}",
+                tensor.dtype.name(),
+                tensor.shape
+            ));
+        }
+        let transposed = match (transposed, &shape[..]) {
+            (false, _) => None,
+            (true, [rows, columns]) => Some((small(*rows)?, small(*columns)?)),
+            (true, _) => return self.refuse(&format!("{shape:?} has no transpose; two dimensions are needed")),
+        };
+        let quantize = Quantize {
+            inner,
+            row_values: num_values / small(num_rows)?.max(1),
+            num_values,
+            element,
+            blocks: content::blocks(self, quant_type, *blocksize)?,
+            offset: offset.map(|value| content::offset(self, value)).transpose()?,
+            transposed,
+            absmax: Mutex::default(),
+            companions: Vec::new(),
+        };
+        Ok((num_rows, Kind::Quantize(Box::new(quantize))))
+    }
+
+    fn cast(&self, tensor: &Tensor, source: &Source, nbytes: u64) -> Result<(u64, Kind)> {
+        let content = Content::check(self, source)?;
+        self.same_count(tensor, source)?;
+        if source.dtype == tensor.dtype {
+            return self.copy(source, content, nbytes);
+        }
         let to = self.element(tensor.dtype)?;
-        let kind = Kind::Cast { place, from: self.number(source.dtype)?, to };
+        let kind = Kind::Cast { content, from: self.number(source.dtype)?, to };
         Ok((nbytes / to.size_bytes() as u64, kind))
     }
 
@@ -183,7 +357,7 @@ impl Check<'_> {
         let mut first_row = 0_u64;
         let mut places = Vec::with_capacity(parts.len());
         for part in parts {
-            let place = self.place(&part.source)?;
+            let content = Content::check(self, &part.source)?;
             if part.source.shape.split_first().is_none_or(|(_, part_rest)| part_rest != rest) {
                 return self.refuse(&format!("rows of {:?} do not fit {:?}", part.source.shape, tensor.shape));
             }
@@ -197,8 +371,9 @@ impl Check<'_> {
             let Some(row_bytes) = part.source.dtype.size_bytes(rest) else {
                 return self.refuse("its rows do not fill whole bytes");
             };
-            let place = Place { offset: place.offset + part.start * row_bytes, ..place };
-            places.push(PartPlace { place, from, row_bytes, first_row, num_rows: part.count });
+            let value_bytes = usize::try_from(part.source.dtype.size_bytes(&[1]).unwrap_or(1)).unwrap_or(1);
+            let (start, num_rows) = (part.start, part.count);
+            places.push(PartPlace { content, start, from, row_bytes, value_bytes, first_row, num_rows });
             first_row = first_row.saturating_add(part.count);
         }
         if first_row != *num_rows {
@@ -214,7 +389,11 @@ impl Check<'_> {
         let Some(input) = self.inputs.get(source.file) else {
             return self.refuse(&format!("there is no file {}; the plan names {}", source.file, self.inputs.len()));
         };
-        let end = source.dtype.size_bytes(&source.shape).and_then(|nbytes| source.offset.checked_add(nbytes));
+        let nbytes = match &source.packed {
+            Some(_) => content::num_values(self, source).ok().map(|count| count.div_ceil(2) as u64),
+            None => source.seen.as_ref().map_or(source.dtype, |seen| seen.stored).size_bytes(&source.shape),
+        };
+        let end = nbytes.and_then(|nbytes| source.offset.checked_add(nbytes));
         if end.is_none_or(|end| end > input.size_bytes()) {
             return self.refuse(&format!(
                 "{} {:?} at byte {} is not inside {} of {} bytes",
@@ -244,7 +423,8 @@ impl Check<'_> {
         }
     }
 
-    fn number(&self, dtype: Dtype) -> Result<Number> {
+    /// The same, or F64, which can only be read.
+    pub fn number(&self, dtype: Dtype) -> Result<Number> {
         match dtype {
             Dtype::F32 => Ok(Number::Element(Element::F32)),
             Dtype::F16 => Ok(Number::Element(Element::F16)),

@@ -6,9 +6,13 @@
 
 #![forbid(unsafe_code)]
 
+mod content;
+pub mod device;
+mod dora;
 pub mod job;
 mod merge;
 pub mod plan;
+mod quantize;
 mod shared;
 pub mod stream;
 mod tile;
@@ -16,4 +20,4 @@ mod tile;
 pub use fastft_checkpoint::{Error, Result};
 pub use job::Job;
 pub use plan::Plan;
-pub use stream::{Limits, Outcome, Progress, run};
+pub use stream::{Limits, Outcome, Progress, run, scales};

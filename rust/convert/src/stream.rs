@@ -10,17 +10,21 @@ use std::time::Duration;
 use fastft_checkpoint::{Error, Output, Result};
 use fastft_kernels::Cpu;
 
+use crate::device::Device;
 use crate::job::{Job, Kind, Made};
+use crate::quantize::Quantize;
 use crate::shared::SharedFactors;
 use crate::tile::{self, Buffers, Reader};
 
 /// What a run may use.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
+#[derive(Clone, Copy)]
+pub struct Limits<'a> {
     /// Workers, at least 1.
     pub num_threads: usize,
     /// Bytes of all buffers together. The adapter factors of the tensors in work come on top.
     pub memory_budget_bytes: usize,
+    /// Where merges are computed, if not on the CPU.
+    pub device: Option<&'a dyn Device>,
 }
 
 /// How far a run is.
@@ -54,6 +58,8 @@ const TICK: Duration = Duration::from_millis(50);
 /// A tile that stays in the caches between read, arithmetic and write; 8 MiB cost up to twice the time in the kernel.
 const LARGEST_TILE_BYTES: usize = 1 << 20;
 const SMALLEST_TILE_BYTES: usize = 64 << 10;
+/// With a device each tile is one call into it.
+const DEVICE_TILE_BYTES: usize = 8 << 20;
 
 /// Runs `job`. `watch` is called in the calling thread some 20 times a second and once at the end; `Break` stops the run.
 ///
@@ -62,10 +68,30 @@ const SMALLEST_TILE_BYTES: usize = 64 << 10;
 ///
 /// # Panics
 /// Only by a bug: a panic of a worker goes on in the caller.
-pub fn run(job: &Job, cpu: Cpu, limits: Limits, watch: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<Outcome> {
+pub fn run(
+    job: &Job,
+    cpu: Cpu,
+    limits: Limits<'_>,
+    watch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Outcome> {
+    let Some(bytes_read) = flow(job, cpu, limits, false, watch)? else { return Ok(Outcome::Stopped) };
+    let bytes_written = job.files.iter().map(|file| file.size_bytes).sum();
+    Ok(Outcome::Done { bytes_read, bytes_written, num_tensors: job.tensors.len() })
+}
+
+/// Makes all tiles and writes them, or with `scan` only looks at what is quantized; the bytes read, or `None` when the
+/// caller stopped it.
+fn flow(
+    job: &Job,
+    cpu: Cpu,
+    limits: Limits<'_>,
+    scan: bool,
+    watch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Option<u64>> {
     let num_threads = limits.num_threads.max(1);
     let tile_bytes = (limits.memory_budget_bytes / (4 * num_threads)).clamp(SMALLEST_TILE_BYTES, LARGEST_TILE_BYTES);
-    let stream = Stream::new(job, cpu, tile_bytes)?;
+    let tile_bytes = if limits.device.is_some() { tile_bytes.max(DEVICE_TILE_BYTES) } else { tile_bytes };
+    let stream = Stream::new(job, cpu, tile_bytes, scan, limits.device)?;
     let panicked = std::thread::scope(|scope| {
         let (alive, all_ended) = channel::<()>();
         let workers: Vec<_> = (0..num_threads)
@@ -90,13 +116,41 @@ pub fn run(job: &Job, cpu: Cpu, limits: Limits, watch: &mut dyn FnMut(Progress) 
         return Err(error);
     }
     if stream.stopped.load(Ordering::Relaxed) || watch(stream.progress()).is_break() {
-        return Ok(Outcome::Stopped);
+        return Ok(None);
     }
     for input in &job.inputs {
         input.check_unchanged()?;
     }
-    let bytes_written = job.files.iter().map(|file| file.size_bytes).sum();
-    Ok(Outcome::Done { bytes_read: stream.bytes_read.into_inner(), bytes_written, num_tensors: job.tensors.len() })
+    Ok(Some(stream.bytes_read.into_inner()))
+}
+
+/// The scales of the one quantized tensor of `job`, without writing anything: their mean must be known before a file
+/// can be laid out whose scales are quantized too. The rest is as for [`run`].
+///
+/// # Errors
+/// As [`run`]; also when the job has not one quantized tensor. `None` when the caller stopped it.
+///
+/// # Panics
+/// As [`run`].
+pub fn scales(
+    job: &Job,
+    cpu: Cpu,
+    limits: Limits<'_>,
+    watch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Option<Vec<f32>>> {
+    let quantized: Vec<_> = job
+        .tensors
+        .iter()
+        .filter_map(|made| if let Kind::Quantize(quantize) = &made.kind { Some(quantize) } else { None })
+        .collect();
+    let [quantize] = quantized[..] else {
+        return Err(Error::Plan(format!(
+            "block_maxima: one quantized tensor is needed; the plan has {}",
+            quantized.len()
+        )));
+    };
+    let done = flow(job, cpu, limits, true, watch)?;
+    Ok(done.map(|_| quantize.take_scales()))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -127,10 +181,22 @@ struct Stream<'a> {
     shared: SharedFactors,
     bytes_read: AtomicU64,
     bytes_done: AtomicU64,
+    /// Nothing is written; only the scales of what is quantized are found.
+    scan: bool,
+    /// Scales that end their file: written when all tiles are taken, since they wait for the rest of the file.
+    deferred: Mutex<Vec<Deferred>>,
+    device: Option<&'a dyn Device>,
+}
+
+/// Bytes that are still to be written.
+struct Deferred {
+    file: usize,
+    offset: u64,
+    bytes: Vec<u8>,
 }
 
 impl<'a> Stream<'a> {
-    fn new(job: &'a Job, cpu: Cpu, tile_bytes: usize) -> Result<Self> {
+    fn new(job: &'a Job, cpu: Cpu, tile_bytes: usize, scan: bool, device: Option<&'a dyn Device>) -> Result<Self> {
         let mut tiles = Vec::new();
         let mut left = Vec::with_capacity(job.tensors.len());
         for (tensor, made) in job.tensors.iter().enumerate() {
@@ -138,8 +204,16 @@ impl<'a> Stream<'a> {
             let num_rows = usize::try_from(made.num_rows).map_err(too_large)?;
             let row_bytes = usize::try_from(made.row_bytes).map_err(too_large)?;
             let before = tiles.len();
-            if let Some(most_rows) = tile_bytes.checked_div(row_bytes) {
-                let most_rows = most_rows.max(1);
+            let granule = match &made.kind {
+                Kind::Companion => 0,
+                Kind::Quantize(quantize) => quantize.granule(num_rows),
+                _ if scan => 0,
+                _ => 1,
+            };
+            if let Some(most_rows) = tile_bytes.checked_div(row_bytes)
+                && granule > 0
+            {
+                let most_rows = (most_rows / granule).max(1) * granule;
                 let starts = (0..num_rows).step_by(most_rows);
                 tiles.extend(starts.map(|first_row| Tile {
                     tensor,
@@ -162,6 +236,9 @@ impl<'a> Stream<'a> {
             shared: SharedFactors::default(),
             bytes_read: AtomicU64::new(0),
             bytes_done: AtomicU64::new(0),
+            scan,
+            deferred: Mutex::default(),
+            device,
         })
     }
 
@@ -199,12 +276,17 @@ impl<'a> Stream<'a> {
 
     fn make_tiles(&self) -> Result<()> {
         let mut buffers = Buffers::default();
-        self.write_empty_files()?;
+        if !self.scan {
+            self.write_empty_files()?;
+        }
         while !self.stopped.load(Ordering::SeqCst) {
             let Some(tile) = self.tiles.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
             self.make_tile(*tile, &mut buffers)?;
         }
-        Ok(())
+        loop {
+            let Some(deferred) = lock(&self.deferred).pop() else { return Ok(()) };
+            self.write(deferred.file, &deferred.bytes, deferred.offset)?;
+        }
     }
 
     /// Files without data have no tile that would write them.
@@ -222,22 +304,36 @@ impl<'a> Stream<'a> {
 
     fn make_tile(&self, tile: Tile, buffers: &mut Buffers) -> Result<()> {
         let made = &self.job.tensors[tile.tensor];
-        let offset = made.offset + tile.first_row as u64 * made.row_bytes;
-        let nbytes = tile.num_rows as u64 * made.row_bytes;
+        let (start, nbytes) = match &made.kind {
+            Kind::Quantize(quantize) => quantize.range(tile.first_row, tile.num_rows),
+            _ => (tile.first_row as u64 * made.row_bytes, tile.num_rows as u64 * made.row_bytes),
+        };
+        let offset = made.offset + start;
         let copied = match &made.kind {
             Kind::Copy { place } => {
                 self.copy(made, place.input, place.offset + tile.first_row as u64, nbytes, offset)?
             }
             _ => None,
         };
-        let is_whole = match copied {
-            Some(is_whole) => is_whole,
+        match copied {
+            Some(true) => self.close(made.file)?,
+            Some(false) => {}
             None => self.compute(made, tile, offset, buffers)?,
-        };
+        }
         self.bytes_done.fetch_add(nbytes, Ordering::Relaxed);
-        if is_whole {
-            self.output(made.file)?.sync()?;
-            lock(&self.outputs[made.file]).take();
+        Ok(())
+    }
+
+    /// Flushes a file that is whole.
+    fn close(&self, file: usize) -> Result<()> {
+        self.output(file)?.sync()?;
+        lock(&self.outputs[file]).take();
+        Ok(())
+    }
+
+    fn write(&self, file: usize, bytes: &[u8], offset: u64) -> Result<()> {
+        if self.output(file)?.write_at(bytes, offset)? {
+            self.close(file)?;
         }
         Ok(())
     }
@@ -254,22 +350,51 @@ impl<'a> Stream<'a> {
         Ok(copied)
     }
 
-    /// Reads, computes and writes a tile; whether its file is now whole.
-    fn compute(&self, made: &Made, tile: Tile, offset: u64, buffers: &mut Buffers) -> Result<bool> {
+    /// Reads, computes and writes a tile, and with the last one of a quantized tensor its scales.
+    fn compute(&self, made: &Made, tile: Tile, offset: u64, buffers: &mut Buffers) -> Result<()> {
         let reader = Reader {
             tensor: &made.name,
             cpu: self.cpu,
             inputs: &self.job.inputs,
             shared: &self.shared,
             bytes_read: &self.bytes_read,
+            forget: !self.scan,
+            device: self.device,
+            stopped: &self.stopped,
         };
-        tile::make(made, &reader, tile.first_row, tile.num_rows, buffers)?;
-        if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1
-            && let Kind::Merge(merge) = &made.kind
-        {
-            merge.finish();
+        if self.scan {
+            if let Kind::Quantize(quantize) = &made.kind {
+                quantize.scan(&reader, tile.first_row, tile.num_rows, buffers)?;
+                if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1 {
+                    tile::finish(&made.kind, &made.name, self.device);
+                }
+            }
+            return Ok(());
         }
-        self.output(made.file)?.write_at(&buffers.output, offset)
+        tile::make(made, &reader, tile.first_row, tile.num_rows, buffers)?;
+        if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1 {
+            tile::finish(&made.kind, &made.name, self.device);
+            if let Kind::Quantize(quantize) = &made.kind {
+                // Before the tile itself, which may end the file and then waits for the rest of it.
+                self.write_scales(quantize, &reader)?;
+            }
+        }
+        self.write(made.file, &buffers.output, offset)
+    }
+
+    fn write_scales(&self, quantize: &Quantize, reader: &Reader) -> Result<()> {
+        let (absmax, nested) = quantize.companion_bytes(reader)?;
+        let (mut absmax, mut nested) = (Some(absmax), Some(nested));
+        for companion in &quantize.companions {
+            let bytes = if companion.nested { nested.take() } else { absmax.take() }.unwrap_or_default();
+            self.bytes_done.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            if companion.offset + bytes.len() as u64 == self.job.files[companion.file].size_bytes {
+                lock(&self.deferred).push(Deferred { file: companion.file, offset: companion.offset, bytes });
+            } else {
+                self.write(companion.file, &bytes, companion.offset)?;
+            }
+        }
+        Ok(())
     }
 
     fn output(&self, file: usize) -> Result<Arc<Output>> {

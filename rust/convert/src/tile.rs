@@ -1,11 +1,12 @@
 //! Makes one tile: some rows of one output tensor, in a buffer.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use fastft_checkpoint::{Error, Input, Result};
 use fastft_kernels::{Cpu, Element, cast};
 
+use crate::device::Device;
 use crate::job::{Kind, Made, Number, PartPlace, Place};
 use crate::shared::SharedFactors;
 
@@ -16,6 +17,10 @@ pub struct Buffers {
     pub input: Vec<u8>,
     /// Bytes to be written.
     pub output: Vec<u8>,
+    /// Numbers that are quantized.
+    pub values: Vec<u8>,
+    /// Weights in f32 before they are scaled to their magnitudes.
+    pub updated: Vec<u8>,
 }
 
 /// Reads for one tensor, and names it in errors.
@@ -30,13 +35,21 @@ pub struct Reader<'a> {
     pub shared: &'a SharedFactors,
     /// Counts what is read.
     pub bytes_read: &'a AtomicU64,
+    /// Whether pages are dropped once they are read: not where they will be read again.
+    pub forget: bool,
+    /// Where merges are computed, if not here.
+    pub device: Option<&'a dyn Device>,
+    /// Whether the run was stopped: who waits for another worker gives up.
+    pub stopped: &'a AtomicBool,
 }
 
 impl Reader<'_> {
     /// Fills `buffer` from `place` on.
     pub fn read(&self, place: Place, buffer: &mut [u8]) -> Result<()> {
         self.inputs[place.input].read_at(buffer, place.offset).map_err(|error| self.named(error))?;
-        self.inputs[place.input].forget(place.offset, buffer.len() as u64);
+        if self.forget {
+            self.inputs[place.input].forget(place.offset, buffer.len() as u64);
+        }
         self.bytes_read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -44,6 +57,11 @@ impl Reader<'_> {
     /// The file of `place`.
     pub fn path(&self, place: Place) -> &Path {
         self.inputs[place.input].path()
+    }
+
+    /// Whether the run was stopped.
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
     }
 
     /// A refusal that names the tensor.
@@ -69,17 +87,56 @@ pub fn named(tensor: &str, error: Error) -> Error {
 /// Makes rows `first..first + count` of `made` in `buffers.output`.
 pub fn make(made: &Made, reader: &Reader, first: usize, count: usize, buffers: &mut Buffers) -> Result<()> {
     let row_bytes = usize::try_from(made.row_bytes).map_err(|_| reader.refuse("a row is larger than memory"))?;
+    make_rows(&made.kind, reader, row_bytes, first, count, buffers)
+}
+
+/// The same for rows of `row_bytes` bytes.
+pub fn make_rows(
+    kind: &Kind,
+    reader: &Reader,
+    row_bytes: usize,
+    first: usize,
+    count: usize,
+    buffers: &mut Buffers,
+) -> Result<()> {
+    if let Kind::Quantize(quantize) = kind {
+        return quantize.make(reader, first, count, buffers);
+    }
     buffers.output.resize(count * row_bytes, 0);
-    match &made.kind {
+    match kind {
         Kind::Copy { place } => reader.read(ahead(*place, first as u64), &mut buffers.output),
-        Kind::Cast { place, from, to } => {
+        Kind::Cast { content, from, to } => {
             let size = from.size_bytes();
+            if *from == Number::Element(*to) {
+                return content.read(reader, first, size, &mut buffers.output);
+            }
             buffers.input.resize(count * size, 0);
-            reader.read(ahead(*place, (first * size) as u64), &mut buffers.input)?;
+            content.read(reader, first, size, &mut buffers.input)?;
             narrow(reader, *from, &buffers.input, *to, &mut buffers.output)
         }
         Kind::Rows { parts, to } => gather(reader, parts, *to, row_bytes, first, buffers),
-        Kind::Merge(merge) => merge.make(reader, first, buffers),
+        Kind::Merge(merge) => {
+            let Buffers { input, output, .. } = buffers;
+            merge.make(reader, first, input, output)
+        }
+        Kind::Dora(dora) => dora.make(reader, first, buffers),
+        Kind::Bytes(bytes) => {
+            buffers.output.copy_from_slice(&bytes[first..first + count]);
+            Ok(())
+        }
+        Kind::Quantize(_) | Kind::Companion => Err(reader.refuse("a plan in a plan; this is a bug of fastft")),
+    }
+}
+
+/// Forgets what the tiles of a tensor shared: no more will come.
+pub fn finish(kind: &Kind, tensor: &str, device: Option<&dyn Device>) {
+    match kind {
+        Kind::Merge(merge) => merge.finish(tensor, device),
+        Kind::Dora(dora) => dora.finish(tensor, device),
+        Kind::Cast { content, .. } => content.finish(),
+        Kind::Rows { parts, .. } => parts.iter().for_each(|part| part.content.finish()),
+        Kind::Quantize(quantize) => finish(&quantize.inner, tensor, device),
+        Kind::Copy { .. } | Kind::Bytes(_) | Kind::Companion => {}
     }
 }
 
@@ -87,7 +144,8 @@ fn ahead(place: Place, bytes: u64) -> Place {
     Place { offset: place.offset + bytes, ..place }
 }
 
-fn narrow(reader: &Reader, from: Number, source: &[u8], to: Element, target: &mut [u8]) -> Result<()> {
+/// Numbers in another dtype, rounded; a finite one that becomes infinite is an error.
+pub fn narrow(reader: &Reader, from: Number, source: &[u8], to: Element, target: &mut [u8]) -> Result<()> {
     let kept = match from {
         Number::Element(from) => cast::cast(reader.cpu, from, source, to, target),
         Number::F64 => cast::cast_f64(source, to, target),
@@ -106,7 +164,7 @@ fn gather(
     first: usize,
     buffers: &mut Buffers,
 ) -> Result<()> {
-    let Buffers { input, output } = buffers;
+    let Buffers { input, output, .. } = buffers;
     let end = first as u64 + output.len().checked_div(row_bytes).unwrap_or(0) as u64;
     let from_part = parts.partition_point(|part| part.first_row + part.num_rows <= first as u64);
     let mut rest = &mut output[..];
@@ -116,25 +174,18 @@ fn gather(
         let rows = usize::try_from(rows).map_err(|_| reader.refuse("too many rows"))?;
         let (target, after) = rest.split_at_mut(rows * row_bytes);
         rest = after;
-        let place = ahead(part.place, (start - part.first_row) * part.row_bytes);
+        let row = start - part.first_row + part.start;
+        let first_value = row * part.row_bytes / part.value_bytes as u64;
+        let first_value = usize::try_from(first_value).map_err(|_| reader.refuse("too many values"))?;
         match part.from.zip(to) {
-            None => reader.read(place, target)?,
+            None => part.content.read(reader, first_value, part.value_bytes, target)?,
             Some((from, to)) => {
                 let values = target.len() / to.size_bytes();
                 input.resize(values * from.size_bytes(), 0);
-                reader.read(place, input)?;
+                part.content.read(reader, first_value, part.value_bytes, input)?;
                 narrow(reader, from, input, to, target)?;
             }
         }
     }
     Ok(())
-}
-
-impl Number {
-    fn size_bytes(self) -> usize {
-        match self {
-            Self::Element(element) => element.size_bytes(),
-            Self::F64 => 8,
-        }
-    }
 }

@@ -5,6 +5,7 @@
 //! This is the only crate of the workspace in which `unsafe` may stand.
 
 pub mod cast;
+pub mod dora;
 pub mod element;
 pub mod level;
 pub mod merge;

@@ -1,7 +1,10 @@
-//! NF4, FP4 and the 8-bit scales against what bitsandbytes made (tests/golden/nf4), on every level of this CPU.
+//! NF4, FP4 and the 8-bit scales against what bitsandbytes made (tests/golden/nf4), `DoRA`'s norms against torch's
+//! (tests/golden/dora), on every level of this CPU.
 
 #![expect(clippy::panic, reason = "a broken golden file fails the test")]
 
+use fastft_kernels::dora;
+use fastft_kernels::merge::Band;
 use fastft_kernels::nf4::{Blocks, Code, dequantize, nested, quantize};
 use fastft_kernels::{Cpu, Element, Level};
 
@@ -93,4 +96,32 @@ fn nested_scales_are_what_bitsandbytes_makes() {
         num_cases += 1;
     }
     assert_eq!(num_cases, 18);
+}
+
+/// Norms that torch gave (tests/golden/dora), bit for bit: the order of the sums is what is tested.
+#[test]
+fn norms_are_torchs() {
+    let mut num_lines = 0;
+    for line in include_str!("../../../tests/golden/dora/norms.txt").lines() {
+        let [kind, rows, columns, values, expected] = line.split(' ').collect::<Vec<_>>()[..] else {
+            panic!("no case: {line}");
+        };
+        let number = |text: &str| text.parse().unwrap_or_else(|error| panic!("{text}: {error}"));
+        let band = Band { rows: number(rows), columns: number(columns) };
+        for cpu in levels() {
+            let mut norms = vec![0.0; floats(expected).len()];
+            let done = if kind == "rows" {
+                dora::norms_of_rows(cpu, band, &bytes(values), &mut norms)
+            } else {
+                dora::add_squares_of_rows(cpu, band, &bytes(values), &mut norms)
+            };
+            assert_eq!(done, Ok(()));
+            if kind == "columns" {
+                norms = norms.into_iter().map(f32::sqrt).collect();
+            }
+            assert_eq!(bits(&norms), bits(&floats(expected)), "{cpu:?} {kind} {band:?}");
+        }
+        num_lines += 1;
+    }
+    assert_eq!(num_lines, 28);
 }

@@ -2,9 +2,11 @@
 //! values. What this CPU cannot run is named in the output of `levels_of_this_cpu` (`--no-capture`).
 
 use fastft_kernels::cast::{cast, narrow, widen};
-use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, merge};
+use fastft_kernels::dora::{self, Factors};
+use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, Rounding, merge};
 use fastft_kernels::nf4::{self, Blocks, Code};
-use fastft_kernels::{Cpu, Element, Level, parallel};
+use fastft_kernels::parallel::{self, Magnitude};
+use fastft_kernels::{Cpu, Element, Level};
 use proptest::prelude::*;
 
 fn scalar() -> Cpu {
@@ -208,11 +210,11 @@ fn run(cpu: Cpu, case: &Case, base: &[u8], factors: &[(Vec<f32>, Panels, f32)]) 
         .collect();
     let band = Band { rows: case.rows, columns: case.columns };
     let mut target = vec![0xAA; case.rows * case.columns * case.to.size_bytes()];
-    let kept = merge(cpu, band, Base::Apart(case.from, base), case.to, &mut target, &deltas);
+    let kept = merge(cpu, band, Base::Apart(case.from, base), case.to, &mut target, &deltas, Rounding::Once);
     let kept = kept.unwrap_or_else(|error| unreachable!("{error}"));
     if case.from == case.to {
         let mut in_place = base.to_vec();
-        assert_eq!(merge(cpu, band, Base::InPlace, case.to, &mut in_place, &deltas), Ok(kept));
+        assert_eq!(merge(cpu, band, Base::InPlace, case.to, &mut in_place, &deltas, Rounding::Once), Ok(kept));
         assert_eq!(in_place, target, "in place differs");
     }
     (target, kept)
@@ -296,19 +298,61 @@ fn merge_does_not_depend_on_the_number_of_threads() {
         for cpu in Level::ALL.into_iter().filter_map(Cpu::at) {
             let mut alone = vec![0; count * 4];
             let apart = Base::Apart(Element::F16, &base);
-            let kept = merge(cpu, band, apart, Element::F32, &mut alone, &[delta]);
+            let kept = merge(cpu, band, apart, Element::F32, &mut alone, &[delta], Rounding::Once);
             for threads in [1, 2, 3, 7] {
                 let mut target = vec![0xAA; count * 4];
-                assert_eq!(parallel::merge(cpu, band, apart, Element::F32, &mut target, &[delta], threads), kept);
+                assert_eq!(parallel::merge(cpu, band, apart, Element::F32, &mut target, delta, threads), kept);
                 assert!(target == alone, "{cpu:?} {threads}");
                 let mut in_place = base.clone();
-                let done = parallel::merge(cpu, band, Base::InPlace, Element::F16, &mut in_place, &[delta], threads);
+                let done = parallel::merge(cpu, band, Base::InPlace, Element::F16, &mut in_place, delta, threads);
                 let mut expected = base.clone();
-                assert_eq!(merge(cpu, band, Base::InPlace, Element::F16, &mut expected, &[delta]), done);
+                assert_eq!(
+                    merge(cpu, band, Base::InPlace, Element::F16, &mut expected, &[delta], Rounding::Once),
+                    done
+                );
                 assert!(in_place == expected, "{cpu:?} {threads} in place");
             }
-            assert!(parallel::merge(cpu, band, apart, Element::F32, &mut alone[1..], &[delta], 2).is_err());
+            assert!(parallel::merge(cpu, band, apart, Element::F32, &mut alone[1..], delta, 2).is_err());
         }
+    }
+}
+
+#[test]
+fn dora_of_a_whole_weight_agrees_for_every_number_of_threads() {
+    let mut random = Random(9);
+    let band = Band { rows: 700, columns: 811 };
+    let (left, right) = (random.values(band.rows * 3), random.values(3 * band.columns));
+    let Ok(right) = Panels::from_rows(3, band.columns, &right) else { unreachable!("the sizes agree") };
+    let delta = Delta { left: Left { values: &left, row_stride: 3, rank_stride: 1 }, right: &right, scale: 0.3 };
+    let mut base = vec![0; band.rows * band.columns * 2];
+    assert_eq!(narrow(scalar(), &random.values(band.rows * band.columns), Element::Bf16, &mut base), Ok(true));
+    let (rows, columns) = (random.values(band.rows), random.values(band.columns));
+    for magnitude in [Magnitude::OfRows(&rows), Magnitude::OfColumns(&columns)] {
+        let run = |cpu, threads| {
+            let mut target = vec![0xAA; base.len()];
+            let apart = Base::Apart(Element::Bf16, &base);
+            let done = parallel::merge_dora(cpu, band, apart, Element::Bf16, &mut target, delta, magnitude, threads);
+            assert_eq!(done, Ok(true));
+            let mut in_place = base.clone();
+            let (here, to) = (Base::InPlace, Element::Bf16);
+            let done = parallel::merge_dora(cpu, band, here, to, &mut in_place, delta, magnitude, threads);
+            assert_eq!(done, Ok(true));
+            assert!(in_place == target, "{cpu:?} {threads} in place");
+            target
+        };
+        let expected = run(scalar(), 1);
+        for_each_level(|cpu| {
+            for threads in [1, 2, 5] {
+                assert!(run(cpu, threads) == expected, "{cpu:?} {threads}");
+            }
+        });
+        let mut short = vec![0; base.len()];
+        let wrong = match magnitude {
+            Magnitude::OfRows(rows) => Magnitude::OfRows(&rows[1..]),
+            Magnitude::OfColumns(columns) => Magnitude::OfColumns(&columns[1..]),
+        };
+        let apart = Base::Apart(Element::Bf16, &base);
+        assert!(parallel::merge_dora(scalar(), band, apart, Element::Bf16, &mut short, delta, wrong, 1).is_err());
     }
 }
 
@@ -318,7 +362,7 @@ fn wrong_sizes_are_refused() {
     let mut target = [0; 24];
     let mut merge_of = |rows, columns, values: &[f32]| {
         let delta = Delta { left: Left { values, row_stride: 2, rank_stride: 1 }, right: &panels, scale: 1.0 };
-        merge(scalar(), Band { rows, columns }, Base::InPlace, Element::F32, &mut target, &[delta])
+        merge(scalar(), Band { rows, columns }, Base::InPlace, Element::F32, &mut target, &[delta], Rounding::Once)
     };
     assert_eq!(merge_of(2, 3, &[0.0; 4]), Ok(true));
     assert!(merge_of(2, 3, &[0.0; 3]).is_err());
@@ -452,4 +496,132 @@ proptest! {
             prop_assert!(error <= 0.1521 * absmax[index / 32], "{} became {}", value, f32::from_le_bytes(*back));
         }
     }
+}
+
+/// The two roundings by hand, from the products alone (merged onto zeros in f32).
+#[test]
+fn a_delta_can_be_rounded_first() {
+    let (rows, columns, rank) = (7, 45, 3);
+    let mut random = Random(6);
+    let (left, right) = (random.values(rows * rank), random.values(rank * columns));
+    let Ok(right) = Panels::from_rows(rank, columns, &right) else { unreachable!("the sizes fit") };
+    let base = random.values(rows * columns);
+    for to in [Element::F16, Element::Bf16] {
+        let narrowed = |values: &[f32]| {
+            let mut bytes = vec![0; values.len() * to.size_bytes()];
+            assert_eq!(narrow(scalar(), values, to, &mut bytes), Ok(true));
+            let mut wide = vec![0.0; values.len()];
+            assert_eq!(widen(scalar(), to, &bytes, &mut wide), Ok(()));
+            (bytes, wide)
+        };
+        let (base_bytes, base) = narrowed(&base);
+        let delta = Delta { left: Left { values: &left, row_stride: rank, rank_stride: 1 }, right: &right, scale: 0.7 };
+        let band = Band { rows, columns };
+        let mut products = vec![0; rows * columns * 4];
+        let done = merge(scalar(), band, Base::InPlace, Element::F32, &mut products, &[delta], Rounding::Once);
+        assert_eq!(done, Ok(true));
+        let mut values = vec![0.0; rows * columns];
+        assert_eq!(widen(scalar(), Element::F32, &products, &mut values), Ok(()));
+        let (_, rounded) = narrowed(&values);
+        let sums: Vec<_> = base.iter().zip(&rounded).map(|(base, delta)| base + delta).collect();
+        let (expected, _) = narrowed(&sums);
+        for cpu in Level::ALL.into_iter().filter_map(Cpu::at) {
+            let mut target = base_bytes.clone();
+            let done = merge(cpu, band, Base::InPlace, to, &mut target, &[delta], Rounding::DeltaFirst);
+            assert_eq!(done, Ok(true));
+            assert_eq!(target, expected, "{cpu:?} {to:?}");
+        }
+    }
+}
+
+/// Norms of rows, sums of columns, and for each element and kind of factors the values and whether they are finite.
+type Scaled = (Vec<u32>, Vec<u32>, Vec<(Vec<u8>, bool)>);
+
+/// All that `DoRA`'s kernels make of a band; one NaN stands for all in sums.
+fn scaled(cpu: Cpu, band: Band, values: &[u8], factors: &[Vec<f32>; 2]) -> Scaled {
+    let one_nan = |values: &[f32]| {
+        values.iter().map(|value| if value.is_nan() { 0x7FC0_0000 } else { value.to_bits() }).collect::<Vec<_>>()
+    };
+    let (mut norms, mut sums) = (vec![-1.0; band.rows], vec![0.25; band.columns]);
+    assert_eq!(dora::norms_of_rows(cpu, band, values, &mut norms), Ok(()));
+    assert_eq!(dora::add_squares_of_rows(cpu, band, values, &mut sums), Ok(()));
+    let mut results = Vec::new();
+    for to in Element::ALL {
+        for factors in [Factors::OfRows(&factors[0]), Factors::OfColumns(&factors[1])] {
+            let mut target = vec![0xAA; band.rows * band.columns * to.size_bytes()];
+            let finite = dora::scale(cpu, band, values, factors, to, &mut target);
+            results.push((target, finite.unwrap_or_else(|error| unreachable!("{error}"))));
+        }
+    }
+    (one_nan(&norms), one_nan(&sums), results)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn dora_agrees(rows in 0_usize..14, columns in prop_oneof![0_usize..70, 1000_usize..1100], any_bits: bool, seed: u64) {
+        let mut random = Random(seed);
+        let band = Band { rows, columns };
+        let count = rows * columns;
+        let values = if any_bits { random.bytes(count * 4) } else { weights(&mut random, Element::F32, count) };
+        let factors = [random.values(rows), random.values(columns)];
+        let expected = scaled(scalar(), band, &values, &factors);
+        for_each_level(|cpu| assert_eq!(scaled(cpu, band, &values, &factors), expected, "{cpu:?}"));
+    }
+
+    /// Against f64. A sum of n squares in f32 is off by at most n 2^-24 of itself whatever its order (Higham, section
+    /// 4.2, and each square's own rounding), its root by half of that and its own rounding; first order, hence the 1.01.
+    /// The product is rounded once in f32 and once to the target.
+    #[test]
+    fn dora_is_right(rows in 1_usize..7, columns in 1_usize..300, seed: u64, to in element()) {
+        let mut random = Random(seed);
+        let band = Band { rows, columns };
+        let values = random.values(rows * columns);
+        let stored: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let (mut norms, mut sums) = (vec![0.0; rows], vec![0.0; columns]);
+        prop_assert_eq!(dora::norms_of_rows(scalar(), band, &stored, &mut norms), Ok(()));
+        prop_assert_eq!(dora::add_squares_of_rows(scalar(), band, &stored, &mut sums), Ok(()));
+        let near = |found: f32, squares: &mut dyn Iterator<Item = f32>, count: usize| {
+            let exact = squares.map(|value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt();
+            #[expect(clippy::cast_precision_loss, reason = "a count is small")]
+            let bound = 1.01 * (count as f64 / 2.0 + 1.0) * 2f64.powi(-24) * exact;
+            (f64::from(found) - exact).abs() <= bound
+        };
+        for (row, norm) in values.chunks_exact(columns).zip(&norms) {
+            prop_assert!(near(*norm, &mut row.iter().copied(), columns));
+        }
+        for (column, sum) in sums.iter().enumerate() {
+            prop_assert!(near(sum.sqrt(), &mut values.iter().skip(column).step_by(columns).copied(), rows));
+        }
+        let factors = random.values(rows);
+        let mut target = vec![0; values.len() * to.size_bytes()];
+        prop_assert_eq!(dora::scale(scalar(), band, &stored, Factors::OfRows(&factors), to, &mut target), Ok(true));
+        let products: Vec<_> = values.iter().enumerate().map(|(index, value)| value * factors[index / columns]).collect();
+        let mut expected = vec![0; target.len()];
+        prop_assert_eq!(narrow(scalar(), &products, to, &mut expected), Ok(true));
+        prop_assert_eq!(target, expected);
+    }
+}
+
+#[test]
+fn dora_says_what_is_not_finite() {
+    let band = Band { rows: 2, columns: 20 };
+    for cpu in Level::ALL.into_iter().filter_map(Cpu::at) {
+        let finite = |values: &[f32], factors, to: Element| {
+            let stored: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            dora::scale(cpu, band, &stored, factors, to, &mut vec![0; 40 * to.size_bytes()])
+        };
+        let mut values = vec![1.0; 40];
+        assert_eq!(finite(&values, Factors::OfRows(&[1.0, 65519.0]), Element::F16), Ok(true));
+        assert_eq!(finite(&values, Factors::OfRows(&[1.0, 65520.0]), Element::F16), Ok(false));
+        assert_eq!(finite(&values, Factors::OfRows(&[1.0, f32::INFINITY]), Element::F32), Ok(false));
+        assert!(finite(&values, Factors::OfRows(&[1.0]), Element::F32).is_err());
+        assert!(finite(&values, Factors::OfColumns(&[1.0, 2.0]), Element::F32).is_err());
+        values[38] = f32::INFINITY;
+        assert_eq!(finite(&values, Factors::OfRows(&[1.0, 0.0]), Element::Bf16), Ok(false));
+        assert!(finite(&values[..39], Factors::OfRows(&[1.0, 1.0]), Element::Bf16).is_err());
+    }
+    assert!(dora::norms_of_rows(scalar(), band, &[0; 160], &mut [0.0; 3]).is_err());
+    assert!(dora::add_squares_of_rows(scalar(), band, &[0; 160], &mut [0.0; 2]).is_err());
 }

@@ -5,6 +5,7 @@
 
 mod borrow;
 mod build_info;
+mod device;
 mod gate;
 mod header;
 mod merge;
@@ -33,7 +34,7 @@ mod _native {
     #[pymodule_export]
     use crate::rename::{rename_exchange, rename_noreplace};
     #[pymodule_export]
-    use crate::run_plan::run_plan;
+    use crate::run_plan::{block_maxima, run_plan};
     #[pymodule_export]
     use crate::shards::split_into_shards;
     #[pymodule_export]

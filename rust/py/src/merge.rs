@@ -1,18 +1,20 @@
 //! Low-rank merges and casts of arrays for Python.
 
 use fastft_kernels::merge::{Band, Base, Delta, Left, Panels};
-use fastft_kernels::{Cpu, Element, cast as kernel, merge, parallel};
+use fastft_kernels::parallel::{self, Magnitude};
+use fastft_kernels::{Cpu, Element, cast as kernel, merge};
 use pyo3::prelude::*;
 
 use crate::borrow::Loans;
 use crate::gate::{array_error, without_gil, workers};
 use crate::nf4::element;
 
-/// `target = round(f32(base) + scale * (left @ right))`; whether every finite weight stayed finite.
+/// `target = round(f32(base) + scale * (b @ a))`; whether every finite weight stayed finite.
 ///
-/// Without `base` the target is its own. A transposed merge adds the transpose of the product.
+/// Without `base` the target is its own. A transposed merge adds the transpose of the product. With `magnitude` each
+/// row (a transposed weight's column) is scaled to it.
 #[pyfunction]
-#[pyo3(signature = (base, base_dtype, target, dtype, shape, a, a_dtype, b, b_dtype, rank, scale, *, transposed, threads=None))]
+#[pyo3(signature = (base, base_dtype, target, dtype, shape, a, a_dtype, b, b_dtype, rank, scale, *, magnitude=None, transposed, threads=None))]
 #[expect(clippy::too_many_arguments, reason = "four arrays with their dtypes, and how")]
 pub fn merge_low_rank(
     py: Python,
@@ -27,6 +29,7 @@ pub fn merge_low_rank(
     b_dtype: &str,
     rank: usize,
     scale: f32,
+    magnitude: Option<&Bound<PyAny>>,
     transposed: bool,
     threads: Option<usize>,
 ) -> PyResult<bool> {
@@ -39,6 +42,7 @@ pub fn merge_low_rank(
     let base = base.map(|base| loans.shared::<u8>(base, "merge_lora: W")).transpose()?;
     let a = loans.shared::<u8>(a, "merge_lora: A")?;
     let b = loans.shared::<u8>(b, "merge_lora: B")?;
+    let magnitude = magnitude.map(|array| loans.shared::<f32>(array, "merge_lora: magnitude")).transpose()?;
     let band = Band { rows: shape.0, columns: shape.1 };
     let done = without_gil(py, || {
         let (a, b) = (widened(cpu, a_element, a)?, widened(cpu, b_element, b)?);
@@ -54,7 +58,14 @@ pub fn merge_low_rank(
         let left = Left { values: left, row_stride: strides.0, rank_stride: strides.1 };
         let delta = Delta { left, right: &right, scale };
         let base = base.map_or(Base::InPlace, |base| Base::Apart(from, base));
-        parallel::merge(cpu, band, base, to, target, &[delta], threads).map(Some)
+        let kept = match magnitude {
+            None => parallel::merge(cpu, band, base, to, target, delta, threads),
+            Some(magnitude) => {
+                let magnitude = if transposed { Magnitude::OfColumns(magnitude) } else { Magnitude::OfRows(magnitude) };
+                parallel::merge_dora(cpu, band, base, to, target, delta, magnitude, threads)
+            }
+        };
+        kept.map(Some)
     })?;
     let kept = done.map_err(|error: kernel::LengthError| array_error(py, &error.to_string()))?;
     kept.ok_or_else(|| array_error(py, "merge_lora: A or B holds a value that is not finite"))

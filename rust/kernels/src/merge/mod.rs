@@ -17,7 +17,7 @@ mod avx512;
 mod lanes;
 mod scalar;
 
-use crate::cast::{LengthError, check_length, widen_unchecked};
+use crate::cast::{LengthError, check_length, narrow_unchecked, widen_unchecked};
 use crate::element::{Element, is_finite};
 use crate::level::Cpu;
 #[cfg(target_arch = "x86_64")]
@@ -137,6 +137,16 @@ pub struct Band {
     pub columns: usize,
 }
 
+/// How often a merged value is rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// Once: base and products are summed in f32.
+    Once,
+    /// The sum of the products is rounded to the target's element, then the sum with the base again. Less exact; PEFT
+    /// 0.21 does it for embeddings and expert parameters.
+    DeltaFirst,
+}
+
 /// Whether every value is finite.
 #[must_use]
 pub fn all_finite(values: &[f32]) -> bool {
@@ -155,6 +165,7 @@ pub fn merge(
     to: Element,
     target: &mut [u8],
     deltas: &[Delta],
+    rounding: Rounding,
 ) -> Result<bool, LengthError> {
     check(band, base, to, target, deltas)?;
     if deltas.is_empty() {
@@ -172,6 +183,7 @@ pub fn merge(
         left: vec![0.0; ROWS * num_ranks],
         base: [0.0; MOST_COLUMNS],
         sums: vec![0.0; ROWS * MOST_COLUMNS],
+        rounding,
         kept: true,
     };
     for block_start in (0..band.columns).step_by(block) {
@@ -222,6 +234,7 @@ struct Work<'a> {
     base: [f32; MOST_COLUMNS],
     /// The sum of the products: [`ROWS`] rows of [`MOST_COLUMNS`] values.
     sums: Vec<f32>,
+    rounding: Rounding,
     kept: bool,
 }
 
@@ -263,7 +276,13 @@ impl Work<'_> {
         for group_row in 0..rows {
             let first = (row + group_row) * self.band.columns + column;
             let base_values = &mut self.base[..columns];
-            let sums = &self.sums[group_row * MOST_COLUMNS..][..columns];
+            let sums = &mut self.sums[group_row * MOST_COLUMNS..][..columns];
+            if self.rounding == Rounding::DeltaFirst {
+                let mut rounded = [0; MOST_COLUMNS * 4];
+                let rounded = &mut rounded[..columns * to.size_bytes()];
+                self.kept &= narrow_unchecked(self.cpu, sums, to, rounded);
+                widen_unchecked(self.cpu, to, rounded, sums);
+            }
             let bytes = &mut target[first * to.size_bytes()..][..columns * to.size_bytes()];
             match base {
                 Base::InPlace => widen_unchecked(self.cpu, to, bytes, base_values),
