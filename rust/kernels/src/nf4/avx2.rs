@@ -9,10 +9,11 @@ use std::arch::x86_64::{
     _mm_packus_epi16, _mm_set1_epi8, _mm_set1_epi16, _mm_shuffle_epi8, _mm_srli_epi16, _mm_storeu_si128,
     _mm_unpackhi_epi8, _mm_unpackhi_epi16, _mm_unpacklo_epi8, _mm_unpacklo_epi16, _mm256_abs_epi8, _mm256_add_epi32,
     _mm256_and_si256, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_broadcastsi128_si256, _mm256_castps_si256,
-    _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtps_ph, _mm256_extracti128_si256, _mm256_loadu_ps,
-    _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_or_si256, _mm256_packs_epi16, _mm256_packs_epi32, _mm256_packus_epi16,
-    _mm256_packus_epi32, _mm256_permute4x64_epi64, _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps,
-    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_shuffle_epi8, _mm256_srli_epi32,
+    _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtps_ph, _mm256_extracti128_si256,
+    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_or_si256, _mm256_packs_epi16,
+    _mm256_packs_epi32, _mm256_packus_epi16, _mm256_packus_epi32, _mm256_permute4x64_epi64,
+    _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setr_epi32, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_srli_si256,
 };
 
 use super::{Code, SCRATCH, scalar};
@@ -45,6 +46,10 @@ pub fn quantize_blocks(code: Code, size: usize, from: Element, source: &[u8], pa
     let mut scratch = [0.0; SCRATCH];
     let batches = source.chunks(SCRATCH * from.size_bytes()).zip(packed.chunks_mut(SCRATCH / 2));
     for ((source, packed), absmax) in batches.zip(absmax.chunks_mut(SCRATCH / size)) {
+        if from == Element::Bf16 {
+            quantize_bf16(&search, size, source, packed, absmax);
+            continue;
+        }
         let values = &mut scratch[..source.len() / from.size_bytes()];
         match from {
             Element::F16 => cast::lanes::widen_f16(source, values),
@@ -64,6 +69,42 @@ pub fn quantize_blocks(code: Code, size: usize, from: Element, source: &[u8], pa
             }
         }
     }
+}
+
+/// Full blocks of bf16: the two values of a pair become f32 by a shift and a mask, where they lie.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn quantize_bf16(search: &Search, size: usize, source: &[u8], packed: &mut [u8], absmax: &mut [f32]) {
+    for (source, absmax) in source.chunks_exact(size * 2).zip(absmax.iter_mut()) {
+        *absmax = largest_bf16(source);
+    }
+    let upper = _mm256_set1_epi32(0xFFFF_0000_u32.cast_signed());
+    let blocks = source.chunks_exact(size * 2).zip(packed.chunks_exact_mut(size / 2));
+    for ((source, packed), absmax) in blocks.zip(absmax) {
+        let inverse = _mm256_set1_ps(1.0 / scalar::at_least_smallest(*absmax));
+        let codes = |bits| search.codes(_mm256_mul_ps(_mm256_castsi256_ps(bits), inverse));
+        for (group, bytes) in
+            source.as_chunks::<{ GROUP * 2 }>().0.iter().zip(packed.as_chunks_mut::<{ GROUP / 2 }>().0)
+        {
+            let halves = group.as_chunks::<32>().0;
+            let pairs = [load_pairs(&halves[0]), load_pairs(&halves[1])];
+            let first = pairs.map(|pairs| codes(_mm256_slli_epi32::<16>(pairs)));
+            let second = pairs.map(|pairs| codes(_mm256_and_si256(pairs, upper)));
+            store(bytes, search.packed_pairs(first, second));
+        }
+    }
+}
+
+/// See [`scalar::largest_magnitude`]: magnitudes of bf16 order like their bits, which are the upper ones of an f32.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn largest_bf16(source: &[u8]) -> f32 {
+    let mut largest = [0_u16; GROUP];
+    for group in source.as_chunks::<2>().0.as_chunks::<GROUP>().0 {
+        for (largest, bytes) in largest.iter_mut().zip(group) {
+            *largest = (*largest).max(u16::from_le_bytes(*bytes) & 0x7FFF);
+        }
+    }
+    f32::from_bits(u32::from(largest.into_iter().fold(0, u16::max)) << 16)
 }
 
 /// The thresholds, laid out for the search. The answers are -1 and 0, so a place counted down from 0 is the index.
@@ -104,6 +145,17 @@ impl Search {
         let answers = _mm256_add_epi32(_mm256_add_epi32(answers, answers), third);
         let fourth = above(_mm256_permutevar8x32_ps(self.fourth, answers));
         _mm256_add_epi32(_mm256_add_epi32(answers, answers), fourth)
+    }
+
+    /// The bytes of 16 pairs of values, 8 in each register.
+    #[target_feature(enable = "avx2")]
+    fn packed_pairs(&self, first: [__m256i; 2], second: [__m256i; 2]) -> __m128i {
+        let words = [_mm256_packs_epi32(first[0], first[1]), _mm256_packs_epi32(second[0], second[1])];
+        let nibbles = _mm256_shuffle_epi8(self.order, _mm256_abs_epi8(_mm256_packs_epi16(words[0], words[1])));
+        // In each half of the register 8 first and then 8 second ones.
+        let bytes = _mm256_or_si256(_mm256_slli_epi16::<4>(nibbles), _mm256_srli_si256::<8>(nibbles));
+        let bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 3, 6, 7));
+        _mm256_castsi256_si128(bytes)
     }
 
     /// The bytes of 32 values.
@@ -227,6 +279,13 @@ fn woven(planes: &[__m128i], target: &mut [[u8; 16]]) {
 fn load(values: &[f32; LANES]) -> __m256 {
     // SAFETY: `values` is 32 readable bytes; the instruction allows any alignment.
     unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_pairs(bytes: &[u8; 32]) -> __m256i {
+    // SAFETY: `bytes` is 32 readable bytes; the instruction allows any alignment.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
 #[inline]
