@@ -69,14 +69,13 @@ def merge(
         raise UsageError("convert merge: --safe-serialization=false: fastft writes safetensors only")
 
     def run() -> None:
-        from fastft.config.schema import Model
         from fastft.convert import merge as merging
         from fastft.convert import size
         from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
         plan = merging.plan(
-            locate.model(Model(name=llm)),
+            locate.model_called(llm),
             [(Path(adapter_path), 1.0), *[with_weight(text) for text in adapter]],
             dtype=dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),

@@ -42,13 +42,12 @@ def verify(
         raise UsageError("convert verify: --base is needed (and --adapter, for a merge): what was it made from")
 
     def run() -> int:
-        from fastft.config.schema import Model
         from fastft.convert import verify as verifying
         from fastft.hub import locate
 
         report = verifying.verify(
             Path(merged),
-            locate.model(Model(name=base)),
+            locate.model_called(base),
             [with_weight(text) for text in adapter],
             names=name_options(model_class, key_map, is_clip=is_clip),
             four_bit=four_bit_base(dequantized_base, double_quant=double_quant),
