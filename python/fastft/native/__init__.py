@@ -12,7 +12,7 @@ docs/native.md shows how it is used.
 from fastft._native import build_info
 from fastft.errors import ArrayError, CheckpointError, FastftError, FileError, PlanError
 from fastft.native.array import Array
-from fastft.native.commands import MergeReport, Progress, merge_checkpoint
+from fastft.native.commands import Progress, Report, dequantize_checkpoint, merge_checkpoint, quantize_checkpoint
 from fastft.native.four_bit import QuantState, dequantize_4bit, quantize_4bit
 from fastft.native.merge import merge_lora
 from fastft.native.read import CheckpointReader, Tensor, open_checkpoint
@@ -25,17 +25,19 @@ __all__ = [
     "CheckpointReader",
     "FastftError",
     "FileError",
-    "MergeReport",
     "PlanError",
     "Progress",
     "QuantState",
+    "Report",
     "ShardedWriter",
     "Tensor",
     "build_info",
     "dequantize_4bit",
+    "dequantize_checkpoint",
     "merge_checkpoint",
     "merge_lora",
     "open_checkpoint",
     "quantize_4bit",
+    "quantize_checkpoint",
     "save_sharded",
 ]

@@ -230,7 +230,7 @@ def quantize_4bit(
     shape = ((source.numel + 1) // 2, 1)
     packed = cast("Same", empty(source.kind, "uint8", shape, what)) if out is None else out
     written = target(packed, f"{what}: out", "uint8", shape)
-    _check_blocksize(what, blocksize)
+    check_blocksize(what, blocksize)
     absmax = np.empty(-(-source.numel // blocksize), np.float32)
     finite = _native.quantize_4bit(
         source.data, source.dtype, written.data, absmax, quant_type=quant_type, blocksize=blocksize, threads=threads
@@ -317,7 +317,8 @@ def _scales(state: QuantState, threads: int | None) -> "NDArray[np.float32]":
     return found
 
 
-def _check_blocksize(what: str, blocksize: object) -> None:
+def check_blocksize(what: str, blocksize: object) -> None:
+    """Refuse a block size that bitsandbytes does not have."""
     allowed = [32 << power for power in range(8)]
     if blocksize not in allowed or isinstance(blocksize, bool | float):
         raise ArrayError(f"{what}: blocksize {blocksize!r} is not allowed; use {', '.join(map(str, allowed))}")
@@ -336,7 +337,7 @@ def _checked(state: QuantState, where: str) -> QuantState:
         )
     if state.quant_type not in ("nf4", "fp4"):
         raise ArrayError(f"{where}: quant_type {state.quant_type!r} is not allowed; use nf4 or fp4")
-    _check_blocksize(where, state.blocksize)
+    check_blocksize(where, state.blocksize)
     if state.dtype not in FLOATS:
         raise ArrayError(f"{where}: dtype {state.dtype!r} is not allowed; use {', '.join(FLOATS)}")
     if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in state.shape):

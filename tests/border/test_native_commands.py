@@ -1,4 +1,4 @@
-"""`merge_checkpoint`: the command as a function, with progress and notes for the caller."""
+"""The commands as functions, with progress and notes for the caller."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_llama
 from fastft import native
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -90,3 +91,49 @@ def test_what_is_wrong_is_an_error_of_one_line(tmp_path: Path) -> None:
         native.merge_checkpoint(base, adapter, tmp_path / "out", dtype="int8")
     with pytest.raises(native.PlanError, match="cannot be written over"):
         native.merge_checkpoint(base, adapter, base, force=True)
+
+
+def test_names_can_be_mapped(tmp_path: Path) -> None:
+    base, adapter = make(tmp_path)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    renamed = {name.replace("model.layers", "language_model.layers"): factor for name, factor in factors.items()}
+    save_file(renamed, adapter / "adapter_model.safetensors")
+    native.merge_checkpoint(base, adapter, tmp_path / "out", key_map=[r"^language_model\.=model."])
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(after[NAME], (before[NAME].float() + 2 * 2 / 32).bfloat16())
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_quantize_and_back(double_quant: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = tiny_llama.write_base(tmp_path / "base")
+    told: list[tuple[str, int, int]] = []
+    report = native.quantize_checkpoint(
+        base, tmp_path / "small", double_quant=double_quant, progress=lambda *now: told.append(now)
+    )
+    assert told[-1][1:] == (report.num_bytes, report.num_bytes)
+    assert report.num_checked > 0
+    assert 0 < report.num_changed < report.num_tensors
+    plain: Any = native.open_checkpoint(base, kind="torch")
+    small: Any = native.open_checkpoint(tmp_path / "small", kind="torch")
+    name = next(name for name in plain if name.endswith("mlp.up_proj.weight"))
+    packed, state = native.quantize_4bit(plain[name], double_quant=double_quant)
+    assert report.num_bytes == sum(small.info(known).nbytes for known in small)
+    assert torch.equal(small[name], packed)
+    read = native.QuantState.from_tensors(name, small)
+    assert (read.offset, read.shape, read.dtype) == (state.offset, state.shape, state.dtype)
+    assert torch.equal(read.absmax, state.absmax)
+    native.dequantize_checkpoint(tmp_path / "small", tmp_path / "back")
+    back: Any = native.open_checkpoint(tmp_path / "back", kind="torch")
+    assert set(back) == set(plain)
+    assert torch.equal(back[name], native.dequantize_4bit(packed, state))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_cannot_be_quantized(tmp_path: Path) -> None:
+    base, _ = make(tmp_path)
+    with pytest.raises(native.ArrayError, match="quantize_checkpoint: blocksize 48 is not allowed"):
+        native.quantize_checkpoint(base, tmp_path / "out", blocksize=48)
+    with pytest.raises(native.ArrayError, match="quant_type 'nf5' is not allowed"):
+        native.quantize_checkpoint(base, tmp_path / "out", quant_type="nf5")  # type: ignore[arg-type]
+    with pytest.raises(native.PlanError):
+        native.dequantize_checkpoint(base, tmp_path / "out")
