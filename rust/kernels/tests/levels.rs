@@ -417,6 +417,31 @@ fn four_bit_agrees_for_every_element_block_size_and_odd_length() {
     }
 }
 
+/// Every bf16, each in a block whose scale is one of many: small and large ones, whose reciprocal is not exact.
+#[test]
+fn four_bit_agrees_for_every_bf16() {
+    let scales = [0x3F80, 0x3F81, 0x3FC0, 0x3F55, 0x4049, 0x7F7F, 0x7F01, 0x0080, 0x006D, 0x006C, 0x0003, 0x3C23];
+    for scale in scales {
+        let smaller: Vec<u16> = (0..=u16::MAX).filter(|bits| bits & 0x7FFF <= scale).collect();
+        let mut source = Vec::new();
+        for values in smaller.chunks(63) {
+            let block = std::iter::once(scale).chain(values.iter().copied()).chain(std::iter::repeat(0)).take(64);
+            source.extend(block.flat_map(u16::to_le_bytes));
+        }
+        for code in Code::ALL {
+            let Ok(blocks) = Blocks::new(code, 64) else { unreachable!("64 is allowed") };
+            let quantized = |cpu| {
+                let (mut packed, mut absmax) = (vec![0xAA; source.len() / 4], vec![-1.0; source.len() / 128]);
+                let done = nf4::quantize(cpu, blocks, Element::Bf16, &source, &mut packed, &mut absmax);
+                assert_eq!(done, Ok(()));
+                (packed, bits(&absmax))
+            };
+            let expected = quantized(scalar());
+            for_each_level(|cpu| assert!(quantized(cpu) == expected, "{cpu:?} {code:?} {scale:#06x}"));
+        }
+    }
+}
+
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
