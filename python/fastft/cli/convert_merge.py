@@ -27,6 +27,7 @@ def merge(
     dequantized_base: Literal["auto", "none", "nf4", "fp4"] = "auto",
     double_quant: bool = False,
     match_peft: bool = False,
+    base_is_residual: bool = False,
     quantize: Literal["none", "nf4", "fp4"] = "none",
     blocksize: int = 64,
     skip: tuple[str, ...] = (),
@@ -51,6 +52,7 @@ def merge(
         dequantized_base: start from what QLoRA saw: the linear layers in 4 bit and back; auto: if the adapter says so
         double_quant: with --dequantized-base nf4 or fp4: the scales were quantized too; with --quantize: quantize them
         match_peft: round as PEFT's merge does, twice in embeddings and experts
+        base_is_residual: the base is what the start of the training (PiSSA, OLoRA, ...) left of the original
         quantize: write the linear layers in 4 bit, as bitsandbytes does
         blocksize: with --quantize: numbers that share a scale
         skip: with --quantize: a layer that stays as it is; may be given several times
@@ -82,6 +84,7 @@ def merge(
             names=name_options(model_class, key_map, is_clip=is_clip),
             four_bit=four_bit_base(dequantized_base, double_quant=double_quant),
             match_peft=match_peft,
+            base_is_residual=base_is_residual,
             quantize=None if quantize == "none" else FourBit(quantize, double_quant, checked_blocksize(blocksize)),
             skip=skip,
         )

@@ -20,6 +20,7 @@ def verify(
     dequantized_base: Literal["auto", "none", "nf4", "fp4"] = "auto",
     double_quant: bool = False,
     match_peft: bool = False,
+    base_is_residual: bool = False,
     json: bool = False,
 ) -> Job:
     """Say tensor by tensor whether a folder is base + adapter.
@@ -36,6 +37,7 @@ def verify(
         dequantized_base: as it was merged
         double_quant: as it was merged
         match_peft: as it was merged
+        base_is_residual: as it was merged
         json: print the outcome as JSON
     """
     if base is None:
@@ -52,6 +54,7 @@ def verify(
             names=name_options(model_class, key_map, is_clip=is_clip),
             four_bit=four_bit_base(dequantized_base, double_quant=double_quant),
             match_peft=match_peft,
+            base_is_residual=base_is_residual,
         )
         console.result(report.as_json() if json else report.text())
         return 0 if report.good else 1

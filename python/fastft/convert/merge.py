@@ -53,6 +53,7 @@ def plan(
     match_peft: bool = False,
     quantize: FourBit | None = None,
     skip: Sequence[str] = (),
+    base_is_residual: bool = False,
 ) -> RewritePlan:
     """Plan a merge; reads config files and headers, writes nothing.
 
@@ -68,6 +69,7 @@ def plan(
         match_peft: round where PEFT's merge rounds, more than once in some layers.
         quantize: write the linear layers of the result in 4 bit.
         skip: with `quantize`: further modules that stay as they are.
+        base_is_residual: the base is what the start of the training (PiSSA, OLoRA, ...) left of the original.
 
     Raises:
         FileError, CheckpointError, PlanError: what is missing, broken, or cannot be merged right.
@@ -76,7 +78,7 @@ def plan(
         raise UsageError("merge: no adapter given")
     base = read_base(llm, names)
     tied = find_tied(base.config, base.tensors)
-    read = tuple((read_adapter(folder), weight) for folder, weight in adapters)
+    read = tuple((read_adapter(folder, base_is_residual=base_is_residual), weight) for folder, weight in adapters)
     joined = _joined(base, tied, read, names, match_peft=match_peft)
     tensors, untied = _output_tensors(base, joined, tied, output_dtype(dtype), read)
     if match_peft:

@@ -61,15 +61,17 @@ class RewritePlan:
 
     def as_table(self) -> str:
         """Write the plan as text of 80 columns."""
+        from fastft.convert.estimate import estimate
         from fastft.convert.plan_table import as_table
 
-        return as_table(self)
+        return as_table(self, estimate(self))
 
     def as_json(self) -> str:
         """Write the plan as JSON."""
+        from fastft.convert.estimate import estimate
         from fastft.convert.plan_table import as_json
 
-        return as_json(self)
+        return as_json(self, estimate(self))
 
     @property
     def sources(self) -> tuple[Path, ...]:
