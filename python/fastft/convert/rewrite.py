@@ -137,7 +137,7 @@ def execute(plan: RewritePlan, save_path: Path, *, force: bool = False, on_gpu: 
     return RewriteReport(
         plan.verb,
         save_path,
-        plan.num_bytes,
+        sum(tensor.nbytes for tensor in tensors),  # the plan does not know how long the offsets' texts are
         time.monotonic() - started,
         len(plan.tensors),
         len(plan.changed),

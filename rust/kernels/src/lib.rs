@@ -2,7 +2,7 @@
 //!
 //! Each kernel is a folder: `mod.rs` checks sizes and chooses, `scalar.rs` is the specification in plain loops, the
 //! other files are variants for a CPU level that agree with it bit for bit. The level is chosen once, in [`level`].
-//! This is the only crate of the workspace in which `unsafe` may stand.
+//! This is the only crate of the workspace in which `unsafe` may stand, but for the border's `borrow.rs`.
 
 pub mod cast;
 pub mod dora;

@@ -120,6 +120,12 @@ pub(crate) fn widen_unchecked(cpu: Cpu, from: Element, source: &[u8], target: &m
     }
 }
 
+/// [`widen`] by the specification; each CPU level compiles it anew where it is called.
+#[inline(always)]
+pub(crate) fn widen_scalar(from: Element, source: &[u8], target: &mut [f32]) {
+    scalar::widen(from, source, target);
+}
+
 /// [`narrow`] by the specification, for few values: as many bytes as `source` has values of `to`.
 pub(crate) fn narrow_scalar(source: &[f32], to: Element, target: &mut [u8]) -> bool {
     scalar::narrow(source, to, target)

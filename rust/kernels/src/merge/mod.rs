@@ -205,7 +205,8 @@ pub fn merge(
     Ok(work.kept)
 }
 
-fn check(band: Band, base: Base, to: Element, target: &[u8], deltas: &[Delta]) -> Result<(), LengthError> {
+/// Refuses sizes that do not agree.
+pub(crate) fn check(band: Band, base: Base, to: Element, target: &[u8], deltas: &[Delta]) -> Result<(), LengthError> {
     let values = band.rows.checked_mul(band.columns);
     let bytes_of = |element: Element| values.and_then(|values| values.checked_mul(element.size_bytes()));
     check_length("merge: target", target.len(), bytes_of(to))?;
