@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from fastft import _native
+from fastft.convert.mean import mean
 from fastft.errors import ArrayError, CheckpointError
 from fastft.native.array import FLOATS, Array, Kind, Memory, Same, dtype_name, empty, floats, is_torch, memory, target
 
@@ -205,8 +206,8 @@ def quantize_4bit(
 ) -> tuple[Same, QuantState]:
     """Quantize an array to 4 bit by blocks of consecutive numbers, as bitsandbytes does on a CPU.
 
-    With double quantization the scales are quantized around their mean. For tensors it is torch's mean, as in
-    bitsandbytes; for numpy arrays the exact mean, rounded to f32, which may differ from torch's in the last bit.
+    With double quantization the scales are quantized around their mean, which is torch's to the last bit, as in
+    bitsandbytes, whether torch is installed or not.
 
     Args:
         x: float32, float16 or bfloat16, any shape, contiguous.
@@ -244,7 +245,7 @@ def quantize_4bit(
     if not double_quant:
         scales = _of_kind(absmax, source.kind)
         return packed, QuantState(quant_type, blocksize, source.dtype, source.shape, scales)
-    offset = _mean(absmax, source.kind)
+    offset = _mean(absmax)
     codes = np.empty(len(absmax), np.uint8)
     nested = np.empty(-(-len(absmax) // _NESTED_BLOCKSIZE), np.float32)
     _native.quantize_scales(absmax, offset, codes, nested, threads=threads)
@@ -363,13 +364,11 @@ def _check_scales(scales: Memory, name: str, count: int, where: str, *, nested: 
         raise ArrayError(f"{where}: {name} has {scales.numel} {scales.dtype}, and {count} {dtype} are needed")
 
 
-def _mean(absmax: "NDArray[np.float32]", kind: Kind) -> float:
-    """Mean of the scales as an f32; torch's own sum for tensors, since bitsandbytes uses it."""
+def _mean(absmax: "NDArray[np.float32]") -> float:
+    """Mean of the scales as an f32."""
     if not len(absmax):
         raise ArrayError("quantize_4bit: double quantization of an empty array has no mean; quantize it without")
-    if kind == "torch":
-        return float(sys.modules["torch"].from_numpy(absmax).mean())
-    return float(np.float32(absmax.mean(dtype=np.float64)))
+    return mean(absmax)
 
 
 def _of_kind(array: "NDArray[Any]", kind: Kind) -> Array:
