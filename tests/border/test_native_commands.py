@@ -137,3 +137,18 @@ def test_what_cannot_be_quantized(tmp_path: Path) -> None:
         native.quantize_checkpoint(base, tmp_path / "out", quant_type="nf5")  # type: ignore[arg-type]
     with pytest.raises(native.PlanError):
         native.dequantize_checkpoint(base, tmp_path / "out")
+
+
+def test_the_options_of_the_command(tmp_path: Path) -> None:
+    """The same bytes as what is typed."""
+    from fastft.__main__ import main
+
+    base, adapter = make(tmp_path)
+    options = {"dequantized_base": "nf4", "double_quant": True, "quantize": "fp4", "blocksize": 128}
+    native.merge_checkpoint(base, adapter, tmp_path / "called", **options)  # type: ignore[arg-type]
+    typed = f"convert merge {base} {adapter} {tmp_path / 'typed'} --dequantized-base nf4 --double-quant --quantize fp4"
+    assert main([*typed.split(), "--blocksize", "128"]) == 0
+    called, wanted = (tmp_path / name / "model.safetensors" for name in ("called", "typed"))
+    assert called.read_bytes() == wanted.read_bytes()
+    with pytest.raises(native.ArrayError, match="48"):
+        native.merge_checkpoint(base, adapter, tmp_path / "never", quantize="nf4", blocksize=48)

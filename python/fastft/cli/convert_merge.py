@@ -8,7 +8,6 @@ from fastft.cli.job import Job
 from fastft.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastft.convert.four_bit import FourBit
     from fastft.convert.matching import NameOptions
 
 
@@ -82,7 +81,7 @@ def merge(
             dtype=dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
             names=name_options(model_class, key_map, is_clip=is_clip),
-            four_bit=four_bit_base(dequantized_base, double_quant=double_quant),
+            four_bit=merging.four_bit_base(dequantized_base, double_quant=double_quant),
             match_peft=match_peft,
             base_is_residual=base_is_residual,
             quantize=None if quantize == "none" else FourBit(quantize, double_quant, checked_blocksize(blocksize)),
@@ -94,17 +93,6 @@ def merge(
         console.result(merging.execute(plan, Path(save_path), force=force, on_gpu=device == "cuda").line())
 
     return Job(run)
-
-
-def four_bit_base(
-    dequantized_base: Literal["auto", "none", "nf4", "fp4"], *, double_quant: bool
-) -> "FourBit | Literal['auto'] | None":
-    """Read `--dequantized-base`; `convert verify` has it too."""
-    from fastft.convert.four_bit import FourBit
-
-    if dequantized_base == "auto":
-        return "auto"
-    return None if dequantized_base == "none" else FourBit(dequantized_base, double_quant)
 
 
 def checked_blocksize(blocksize: int) -> int:

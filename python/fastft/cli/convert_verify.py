@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastft import console
-from fastft.cli.convert_merge import four_bit_base, name_options, with_weight
+from fastft.cli.convert_merge import name_options, with_weight
 from fastft.cli.job import Job
 from fastft.errors import UsageError
 
@@ -45,6 +45,7 @@ def verify(
 
     def run() -> int:
         from fastft.convert import verify as verifying
+        from fastft.convert.merge import four_bit_base
         from fastft.hub import locate
 
         report = verifying.verify(

@@ -39,7 +39,16 @@ from fastft.convert.source import CONFIG_DTYPES, DTYPES, FLOATS, Seen, Source, r
 from fastft.convert.tied import Tied, find_tied, is_embedding
 from fastft.errors import PlanError, UsageError
 
-__all__ = ["RewritePlan", "execute", "output_dtype", "plan", "planned_tensors", "read_base"]
+__all__ = [
+    "RewritePlan",
+    "as_trained",
+    "execute",
+    "four_bit_base",
+    "output_dtype",
+    "plan",
+    "planned_tensors",
+    "read_base",
+]
 
 
 def plan(
@@ -146,6 +155,15 @@ def planned_tensors(
         tensors = [_rounded_as_peft(tensor) for tensor in tensors]
     seen = as_trained(base, adapters) if four_bit == "auto" else four_bit
     return tensors if seen is None else offsets.found(_onto_four_bit(tensors, base, seen, adapters))
+
+
+def four_bit_base(
+    dequantized_base: Literal["auto", "none", "nf4", "fp4"], *, double_quant: bool
+) -> FourBit | Literal["auto"] | None:
+    """Read `--dequantized-base` and its `--double-quant` for `plan` and `verify`."""
+    if dequantized_base == "auto":
+        return "auto"
+    return None if dequantized_base == "none" else FourBit(dequantized_base, double_quant)
 
 
 def as_trained(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> FourBit | None:

@@ -51,8 +51,16 @@ def merge_checkpoint(
     dtype: Dtype = "auto",
     model_class: str | None = None,
     key_map: Sequence[str] = (),
+    is_clip: bool = False,
     match_peft: bool = False,
+    base_is_residual: bool = False,
+    dequantized_base: Literal["auto", "none", "nf4", "fp4"] = "auto",
+    quantize: QuantType | None = None,
+    double_quant: bool = False,
+    blocksize: int = 64,
+    skip: Sequence[str] = (),
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE_BYTES,
+    device: Literal["cpu", "cuda"] = "cpu",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -65,17 +73,27 @@ def merge_checkpoint(
         dtype: of the written weights; auto: each keeps the base's.
         model_class: class of transformers that the adapter was trained on, where config.json names another.
         key_map: REGEX=REPLACEMENT, done on the adapter's names one after the other.
+        is_clip: the adapter is of a CLIPVisionModel; only the vision tower of the CLIP is merged and written.
         match_peft: round where PEFT's merge rounds, twice in embeddings and experts.
+        base_is_residual: the base is what the start of the training (PiSSA, OLoRA, ...) left of the original.
+        dequantized_base: start from what a QLoRA training saw; auto: if the adapter's fastft_training.json says so.
+        quantize: write the linear layers in 4 bit.
+        double_quant: for `dequantized_base` nf4 and fp4: the scales were quantized too; for `quantize`: quantize them.
+        blocksize: with `quantize`: numbers that share a scale.
+        skip: with `quantize`: layers that stay as they are.
         max_shard_size: greatest size of a file, in bytes or as text ("2GB").
+        device: where the arithmetic runs; the bits are the same.
         force: replace a folder of models that is there.
         progress: told how far the work is, some 20 times a second.
 
     Raises:
         FastftError: PlanError, CheckpointError or FileError: what is missing, broken, or cannot be merged right.
     """
+    check_blocksize("merge_checkpoint", blocksize)
 
     def plan() -> "RewritePlan":
         from fastft.convert import merge
+        from fastft.convert.four_bit import FourBit
         from fastft.convert.matching import NameOptions, parse_key_map
 
         adapters = [(adapter, 1.0)] if isinstance(adapter, str | PathLike) else adapter
@@ -84,11 +102,15 @@ def merge_checkpoint(
             [(Path(folder), weight) for folder, weight in adapters],
             dtype=dtype,
             max_shard_size_bytes=_size("merge_checkpoint", max_shard_size),
-            names=NameOptions(model_class, parse_key_map(key_map)),
+            names=NameOptions(model_class, parse_key_map(key_map), is_clip),
+            four_bit=merge.four_bit_base(dequantized_base, double_quant=double_quant),
             match_peft=match_peft,
+            quantize=None if quantize is None else FourBit(quantize, double_quant, blocksize),
+            skip=skip,
+            base_is_residual=base_is_residual,
         )
 
-    return _carried_out(plan, save_path, force=force, progress=progress)
+    return _carried_out(plan, save_path, force=force, progress=progress, on_gpu=device == "cuda")
 
 
 def quantize_checkpoint(
@@ -167,14 +189,19 @@ def dequantize_checkpoint(
 
 
 def _carried_out(
-    plan: "Callable[[], RewritePlan]", save_path: str | PathLike[str], *, force: bool, progress: Progress | None
+    plan: "Callable[[], RewritePlan]",
+    save_path: str | PathLike[str],
+    *,
+    force: bool,
+    progress: Progress | None,
+    on_gpu: bool = False,
 ) -> Report:
     """Plan and execute with everything that would be shown going to the caller."""
     from fastft.convert import rewrite
 
     listener = _Listener(progress)
     with console.heard_by(listener):
-        report = rewrite.execute(plan(), Path(save_path), force=force)
+        report = rewrite.execute(plan(), Path(save_path), force=force, on_gpu=on_gpu)
     return Report(
         report.folder,
         report.num_bytes,
