@@ -212,7 +212,12 @@ def _plain_lines(what: str, total: float, unit: str, started: float) -> Advance:
         if now - last < PLAIN_LINE_EVERY_S:
             return
         last = now
-        amount = f"{done / 1e6:.0f}/{total / 1e6:.0f} MB" if unit == "B" else f"{done:.0f}/{total:.0f} {unit}"
-        note(f"{what}: {amount.strip()} ({now - started:.0f} s) {text}".rstrip())
+        elapsed_s = now - started
+        if unit == "B":
+            amount = f"{done / 1e6:.0f}/{total / 1e6:.0f} MB, {done / elapsed_s / 1e6:.0f} MB/s"
+        else:
+            amount = f"{done:.0f}/{total:.0f} {unit}".strip()
+        left = f", {(total - done) * elapsed_s / done:.0f} s left" if done > 0 else ""
+        note(f"{what}: {amount}{left} ({elapsed_s:.0f} s so far) {text}".rstrip())
 
     return advance
