@@ -13,6 +13,9 @@ INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 RUST      := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
+# What `build_info` says was built.
+export FASTFT_COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null)
+
 .PHONY: demo test test-all test-gpu setup check-rust check-python pytest lock demo-base wheel clean
 .DELETE_ON_ERROR:
 

@@ -1,10 +1,11 @@
 """Merge a LoRA adapter into a checkpoint, from files to files, beside `cp` and, if asked for, PEFT.
 
-The checkpoint has the shapes of Qwen2.5-1.5B (or fewer layers of it) with random bf16 weights; the adapter is on all
-linear layers. All take turns in one run; each starts with the base out of the page cache (unless --warm) and ends
-when its output is on the disk. The merged weights are checked against numpy before anything is timed.
+The checkpoint has the shapes of Qwen2.5-1.5B or Llama-2-7B (or fewer layers of it) with random bf16 weights; the
+adapter is on all linear layers. What is timed is the whole command, `fastft convert merge`, with its start and its checks.
+All take turns in one run; each starts with the base out of the page cache (unless --warm) and ends when its output is on
+the disk. The merged weights are checked against numpy before anything is timed.
 
-    python benches/commands/bench_merge.py FOLDER [--layers 28] [--ranks 8 64] [--rounds 3] [--peft] [--warm]
+    python benches/commands/bench_merge.py FOLDER [--shape 1.5b|7b] [--layers N] [--ranks 8 64] [--rounds 3] [--peft] [--warm]
 
 FOLDER holds the data (about 2.2 times the checkpoint) and decides which disk is measured; it is left in place.
 """
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,61 +29,99 @@ from safetensors.numpy import save_file
 
 from fastft import _native
 
-HIDDEN, INNER, KEY_VALUE, VOCABULARY = 1536, 8960, 256, 151936
 SHARD_BYTES = 2 * 10**9
 SCALE = 2.0
 
-# (outputs, inputs) of the linear layers of a block
-LINEAR = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEY_VALUE, HIDDEN),
-    "self_attn.v_proj": (KEY_VALUE, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder, and what config.json says of it."""
+
+    hidden: int
+    inner: int
+    key_value: int
+    vocabulary: int
+    num_layers: int
+    tied: bool
+    biases: bool
+    config: dict[str, object]
+
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of the linear layers of a block."""
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (self.key_value, self.hidden),
+            "self_attn.v_proj": (self.key_value, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.inner, self.hidden),
+            "mlp.up_proj": (self.inner, self.hidden),
+            "mlp.down_proj": (self.hidden, self.inner),
+        }
+
+
+SHAPES = {
+    "1.5b": Shape(
+        1536,
+        8960,
+        256,
+        151936,
+        28,
+        tied=True,
+        biases=True,
+        config={
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "7b": Shape(
+        4096,
+        11008,
+        4096,
+        32000,
+        32,
+        tied=False,
+        biases=False,
+        config={
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+    ),
 }
 
 
 def main() -> None:
     arguments = parse()
-    folder: Path = arguments.folder / f"layers-{arguments.layers}"
-    base = folder / "base"
-    make_checkpoint(base, arguments.layers)
-    adapters = {rank: make_adapter(folder / f"adapter-{rank}", arguments.layers, rank) for rank in arguments.ranks}
-    num_bytes = sum(file.stat().st_size for file in base.iterdir())
+    shape = SHAPES[arguments.shape]
+    num_layers = arguments.layers or shape.num_layers
+    folder: Path = arguments.folder / f"{arguments.shape}-{num_layers}"
+    base, out = folder / "base", folder / "out"
+    make_checkpoint(base, shape, num_layers)
+    adapters = {rank: make_adapter(folder / f"adapter-{rank}", shape, num_layers, rank) for rank in arguments.ranks}
     for adapter in adapters.values():
-        merge(base, adapter, folder / "out", arguments.threads)
-        check(base, adapter, folder / "out")
+        merge(base, adapter, out)
+        check(base, adapter, out)
 
-    work: dict[str, Callable[[], int]] = {"cp": lambda: copy(base, folder / "out")}
+    work: dict[str, Callable[[], int]] = {"cp": lambda: copy(base, out)}
     for rank, adapter in adapters.items():
-        work[f"fastft rank {rank}"] = lambda adapter=adapter: merge(base, adapter, folder / "out", arguments.threads)
+        work[f"fastft rank {rank}"] = lambda adapter=adapter: merge(base, adapter, out)
         if arguments.peft:
-            work[f"PEFT rank {rank}"] = lambda adapter=adapter: peft(base, adapter, folder / "out")
-    report(arguments, num_bytes, measure(work, base, folder / "out", arguments.rounds, warm=arguments.warm))
-    shutil.rmtree(folder / "out")
+            work[f"PEFT rank {rank}"] = lambda adapter=adapter: peft(base, adapter, out)
+    results = measure(work, base, out, arguments.rounds, warm=arguments.warm)
+    report(describe(base, arguments.shape, num_layers, arguments.rounds, warm=arguments.warm), results, "cp")
+    shutil.rmtree(out)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--shape", choices=SHAPES, default="1.5b")
+    parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--peft", action="store_true")
     parser.add_argument("--warm", action="store_true")
     return parser.parse_args()
@@ -92,20 +132,22 @@ def random_bf16(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarr
     return random.integers(0, 1 << 16, shape, np.uint16) & 0x80FF | 0x3C00
 
 
-def make_checkpoint(folder: Path, num_layers: int) -> None:
+def make_checkpoint(folder: Path, shape: Shape, num_layers: int) -> None:
     """Write shards, index and config; what is there already is kept."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
     for layer in range(num_layers):
-        for name, shape in LINEAR.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-            if name[-6:-5] in "qkv" and "self_attn" in name:
-                shapes[f"model.layers.{layer}.{name}.bias"] = shape[:1]
+        for name, sizes in shape.linear().items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = sizes
+            if shape.biases and name[-6:-5] in "qkv" and "self_attn" in name:
+                shapes[f"model.layers.{layer}.{name}.bias"] = sizes[:1]
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{norm}.weight"] = (HIDDEN,)
-    shapes["model.norm.weight"] = (HIDDEN,)
+            shapes[f"model.layers.{layer}.{norm}.weight"] = (shape.hidden,)
+    shapes["model.norm.weight"] = (shape.hidden,)
+    if not shape.tied:
+        shapes["lm_head.weight"] = (shape.vocabulary, shape.hidden)
     names = list(shapes)
     shards = _native.split_into_shards([2 * int(np.prod(shapes[name])) for name in names], SHARD_BYTES)
     random = np.random.default_rng(0)
@@ -115,11 +157,20 @@ def make_checkpoint(folder: Path, num_layers: int) -> None:
         write_bf16(folder / file, {names[index]: random_bf16(random, shapes[names[index]]) for index in indices})
         weight_map |= {names[index]: file for index in indices}
     index = {
-        "metadata": {"total_size": sum(2 * int(np.prod(shape)) for shape in shapes.values())},
+        "metadata": {"total_size": sum(2 * int(np.prod(sizes)) for sizes in shapes.values())},
         "weight_map": weight_map,
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": num_layers}))
+    config = {
+        **shape.config,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "vocab_size": shape.vocabulary,
+        "num_hidden_layers": num_layers,
+        "tie_word_embeddings": shape.tied,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_bf16(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -137,7 +188,7 @@ def write_bf16(path: Path, arrays: dict[str, np.ndarray]) -> None:
             file.write(arrays[name].tobytes())
 
 
-def make_adapter(folder: Path, num_layers: int, rank: int) -> Path:
+def make_adapter(folder: Path, shape: Shape, num_layers: int, rank: int) -> Path:
     """A PEFT adapter on all linear layers, f32, of sizes that move the weights by some percent."""
     if (folder / "adapter_config.json").exists():
         return folder
@@ -145,7 +196,7 @@ def make_adapter(folder: Path, num_layers: int, rank: int) -> Path:
     random = np.random.default_rng(rank)
     tensors = {}
     for layer in range(num_layers):
-        for name, (outputs, inputs) in LINEAR.items():
+        for name, (outputs, inputs) in shape.linear().items():
             path = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{path}.lora_A.weight"] = random.standard_normal((rank, inputs), np.float32) * np.float32(0.02)
             tensors[f"{path}.lora_B.weight"] = random.standard_normal((outputs, rank), np.float32) * np.float32(0.01)
@@ -155,58 +206,41 @@ def make_adapter(folder: Path, num_layers: int, rank: int) -> Path:
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": SCALE * rank,
-        "target_modules": [name.split(".")[1] for name in LINEAR],
+        "target_modules": [name.split(".")[1] for name in shape.linear()],
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
-def make_plan(base: Path, adapter: Path, out: Path) -> str:
-    """The plan of the merge: one output file per input file."""
-    shards = sorted(base.glob("*.safetensors"))
-    files = [adapter / "adapter_model.safetensors", *shards]
-    factors = {tensor.name: source(0, tensor) for tensor in _native.read_header(files[0])}
-    plan = []
-    for number, shard in enumerate(shards, start=1):
-        tensors = []
-        for tensor in _native.read_header(shard):
-            op: dict[str, object] = {"kind": "copy", "source": source(number, tensor)}
-            path = "base_model.model." + tensor.name.removesuffix(".weight")
-            if f"{path}.lora_A.weight" in factors:
-                delta = {"a": factors[f"{path}.lora_A.weight"], "b": factors[f"{path}.lora_B.weight"], "scale": SCALE}
-                op = {"kind": "merge", "source": source(number, tensor), "deltas": [delta]}
-            tensors.append({"name": tensor.name, "dtype": tensor.dtype, "shape": tensor.shape, "op": op})
-        plan.append({"path": str(out / shard.name), "metadata": {"format": "pt"}, "tensors": tensors})
-    return json.dumps({"files": [str(file) for file in files], "shards": plan})
-
-
-def source(file: int, tensor: _native.TensorInfo) -> dict[str, object]:
-    return {"file": file, "offset": tensor.offset, "dtype": tensor.dtype, "shape": tensor.shape}
+def tensors_of(folder: Path) -> dict[str, tuple[Path, _native.TensorInfo]]:
+    """Where each tensor of a folder is."""
+    return {
+        tensor.name: (file, tensor)
+        for file in sorted(folder.glob("*.safetensors"))
+        for tensor in _native.read_header(file)
+    }
 
 
 def check(base: Path, adapter: Path, out: Path) -> None:
     """Compare with numpy: untouched tensors bit for bit; merged ones up to the order of summation (formats 2.2)."""
-    factors = {tensor.name: tensor for tensor in _native.read_header(adapter / "adapter_model.safetensors")}
-    for shard in sorted(base.glob("*.safetensors")):
-        for old, new in list(zip(_native.read_header(shard), _native.read_header(out / shard.name), strict=True))[::7]:
-            assert old == new, (old, new)
-            weight = read(shard, old).view(np.uint16)
-            result = read(out / shard.name, new).view(np.uint16)
-            path = "base_model.model." + old.name.removesuffix(".weight")
-            if f"{path}.lora_A.weight" not in factors:
-                assert np.array_equal(weight, result), old
-                continue
-            A, B = (
-                read(adapter / "adapter_model.safetensors", factors[f"{path}.lora_{letter}.weight"]).view(np.float32)
-                for letter in "AB"
-            )
-            outputs, inputs = old.shape
-            product = (B.reshape(outputs, -1) @ A.reshape(-1, inputs)).ravel() * np.float32(SCALE)
-            bits = ((weight.astype(np.uint32) << 16).view(np.float32) + product).view(np.uint32)
-            expected = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            steps = np.abs(expected.astype(np.int64) - result)
-            assert np.mean(steps != 0) < 1e-4, (old, np.mean(steps != 0))
-            assert not np.array_equal(weight, result), old
+    factors, before, after = tensors_of(adapter), tensors_of(base), tensors_of(out)
+    assert before.keys() == after.keys()
+    for name in list(before)[::7]:
+        old = before[name][1]
+        assert (old.dtype, old.shape) == (after[name][1].dtype, after[name][1].shape), name
+        weight, result = (read(*tensors[name]).view(np.uint16) for tensors in (before, after))
+        path = "base_model.model." + name.removesuffix(".weight")
+        if f"{path}.lora_A.weight" not in factors:
+            assert np.array_equal(weight, result), name
+            continue
+        A, B = (read(*factors[f"{path}.lora_{letter}.weight"]).view(np.float32) for letter in "AB")
+        outputs, inputs = old.shape
+        product = (B.reshape(outputs, -1) @ A.reshape(-1, inputs)).ravel() * np.float32(SCALE)
+        bits = ((weight.astype(np.uint32) << 16).view(np.float32) + product).view(np.uint32)
+        expected = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        steps = np.abs(expected.astype(np.int64) - result)
+        assert np.mean(steps != 0) < 1e-4, (name, np.mean(steps != 0))
+        assert not np.array_equal(weight, result), name
 
 
 def read(path: Path, tensor: _native.TensorInfo) -> np.ndarray:
@@ -232,15 +266,21 @@ def copy(base: Path, out: Path) -> int:
     return run(["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(base), str(out)])
 
 
-def merge(base: Path, adapter: Path, out: Path, threads: int | None) -> int:
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
+def command(*words: str | Path) -> int:
+    """Run a command of fastft as it is typed; its peak memory in bytes."""
     code = (
-        "import sys; from fastft import _native; _native.run_plan(sys.stdin.read(), threads=int(sys.argv[1]) or None)"
+        "from fastft.__main__ import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as ended:\n    assert not ended.code, ended.code\n"
     )
-    plan = out.parent / "plan.json"
-    plan.write_text(make_plan(base, adapter, out))
-    return run([sys.executable, "-c", MEASURED.format(code), str(threads or 0)], stdin=plan)
+    # What the command itself prints goes to stderr, so that stdout holds the peak alone.
+    code = f"import contextlib\nwith contextlib.redirect_stdout(sys.stderr):\n    exec({code!r})"
+    return run([sys.executable, "-c", MEASURED.format(code), *map(str, words)])
+
+
+def merge(base: Path, adapter: Path, out: Path) -> int:
+    shutil.rmtree(out, ignore_errors=True)
+    return command("convert", "merge", base, adapter, out)
 
 
 def peft(base: Path, adapter: Path, out: Path) -> int:
@@ -290,27 +330,27 @@ def measure(
     return results
 
 
-def report(arguments: argparse.Namespace, num_bytes: int, results: dict[str, list[tuple[float, float, int]]]) -> None:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
+def describe(base: Path, shape: str, num_layers: int, rounds: int, *, warm: bool) -> str:
+    """What was measured, where, and with which commit."""
+    num_bytes = sum(file.stat().st_size for file in base.iterdir())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return (
+        f"{shape}: {num_bytes / 1e9:.2f} GB bf16, {num_layers} layers, {'warm' if warm else 'cold'} cache, {rounds} rounds in"
+        f" turn\n{model}, {os.cpu_count()} cores, level {_native.build_info()['level']}, commit"
+        f" {done.stdout.strip() or 'unknown'}, load {os.getloadavg()[0]:.1f}\n"
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    print(
-        f"{num_bytes / 1e9:.2f} GB bf16, {arguments.layers} layers, {'warm' if arguments.warm else 'cold'} cache, {arguments.rounds} rounds in turn"
-    )
-    print(f"{model}, {os.cpu_count()} cores, level {_native.build_info()['level']}, commit {commit or 'unknown'}\n")
-    print("| who | min / median / max s | x cp (median of the rounds' ratios) | CPU s | peak RSS MiB |")
+
+
+def report(title: str, results: dict[str, list[tuple[float, float, int]]], limit: str) -> None:
+    """Print the table; ratios are to `limit`, within each round."""
+    print(title)
+    print(f"| who | min / median / max s | x {limit} (median of the rounds' ratios) | CPU s | peak RSS MiB |")
     print("|---|---|---|---|---|")
     for name, rounds in results.items():
         walls = sorted(wall for wall, _, _ in rounds)
-        ratio = statistics.median(own[0] / copied[0] for own, copied in zip(rounds, results["cp"], strict=True))
+        ratio = statistics.median(own[0] / other[0] for own, other in zip(rounds, results[limit], strict=True))
         cpu_s = statistics.median(cpu for _, cpu, _ in rounds)
         peak = max(peak for _, _, peak in rounds) // 2**20 or "-"
         times = f"{walls[0]:.2f} / {statistics.median(walls):.2f} / {walls[-1]:.2f}"

@@ -4,20 +4,36 @@
 Errors are the classes of `fastft.errors`; a `RuntimeError` that speaks of a bug is a bug of ours.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Protocol, TypedDict, final, type_check_only
+from typing import Any, Protocol, TypedDict, final, type_check_only
+
+import numpy as np
+from numpy.typing import NDArray
 
 __all__ = [
     "TensorInfo",
     "block_maxima",
     "build_info",
+    "cast",
+    "code_book",
+    "dequantize_4bit",
+    "dequantize_scales",
+    "merge_low_rank",
+    "nested_map",
+    "quantize_4bit",
+    "quantize_scales",
     "read_header",
+    "read_into",
     "rename_exchange",
     "rename_noreplace",
     "run_plan",
     "split_into_shards",
+    "write_file",
 ]
+
+# Arrays are flat, contiguous and in their own memory: u8 for numbers of any dtype, f32 for scales. What is written to
+# may share no byte with anything else of the call. Elements are "float32", "float16" and "bfloat16".
 
 @type_check_only
 class _BuildInfo(TypedDict):
@@ -73,7 +89,7 @@ class TensorInfo:
     def __ne__(self, other: object, /) -> bool: ...
 
 def build_info() -> _BuildInfo:
-    """Version, CPU level ("scalar", "avx2", "avx512"), number of cores, and the commit if it was known when built.
+    """Version, CPU level ("scalar", "neon", "avx2", "avx512"), number of cores, and the commit if it was known when built.
 
     Raises:
         ValueError: FASTFT_SIMD names a level that is unknown or that this CPU lacks.
@@ -131,3 +147,125 @@ def rename_noreplace(src: str | PathLike[str], dst: str | PathLike[str]) -> None
 
 def rename_exchange(a: str | PathLike[str], b: str | PathLike[str]) -> None:
     """Put two existing files or folders into each other's place in one step; OSError EINVAL or EXDEV where that cannot be done."""
+
+def quantize_4bit(
+    source: NDArray[np.uint8],
+    dtype: str,
+    packed: NDArray[np.uint8],
+    absmax: NDArray[np.float32],
+    *,
+    quant_type: str,
+    blocksize: int,
+    threads: int | None = None,
+) -> bool:
+    """Quantize n numbers of `dtype`; fill `packed` (ceil(n / 2)) and `absmax` (ceil(n / blocksize)).
+
+    Returns:
+        Whether every scale is finite.
+
+    Raises:
+        ArrayError: a length does not fit, an array is read-only, or two share memory.
+    """
+
+def dequantize_4bit(
+    packed: NDArray[np.uint8],
+    absmax: NDArray[np.float32],
+    target: NDArray[np.uint8],
+    dtype: str,
+    *,
+    quant_type: str,
+    blocksize: int,
+    threads: int | None = None,
+) -> None:
+    """Fill `target` with the numbers as `dtype`; the way back of `quantize_4bit`."""
+
+def quantize_scales(
+    absmax: NDArray[np.float32],
+    offset: float,
+    codes: NDArray[np.uint8],
+    nested_absmax: NDArray[np.float32],
+    *,
+    threads: int | None = None,
+) -> None:
+    """Quantize n scales around `offset`; fill `codes` (n) and `nested_absmax` (ceil(n / 256))."""
+
+def dequantize_scales(
+    codes: NDArray[np.uint8],
+    nested_absmax: NDArray[np.float32],
+    offset: float,
+    absmax: NDArray[np.float32],
+    *,
+    threads: int | None = None,
+) -> None:
+    """Fill `absmax` with the scales again; the way back of `quantize_scales`."""
+
+def code_book(quant_type: str) -> list[float]:
+    """The 16 values of nf4 or fp4, by code."""
+
+def nested_map() -> list[float]:
+    """The 256 values that scales are quantized to, ascending."""
+
+def merge_low_rank(
+    base: NDArray[np.uint8] | None,
+    base_dtype: str,
+    target: NDArray[np.uint8],
+    dtype: str,
+    shape: tuple[int, int],
+    a: NDArray[np.uint8],
+    a_dtype: str,
+    b: NDArray[np.uint8],
+    b_dtype: str,
+    rank: int,
+    scale: float,
+    *,
+    magnitude: NDArray[np.float32] | None = None,
+    transposed: bool,
+    threads: int | None = None,
+) -> bool:
+    """Fill `target` (shape, `dtype`) with `round(f32(base) + scale * (b @ a))`, or the transpose of the product.
+
+    With `magnitude` each row of that (each column, if transposed) is scaled to it before it is rounded: DoRA.
+
+    `base` is (shape, `base_dtype`), or None for `target` itself; `a` is (rank, shape[1]) and `b` (shape[0], rank), if
+    transposed (rank, shape[0]) and (shape[1], rank).
+
+    Returns:
+        Whether every finite weight stayed finite.
+
+    Raises:
+        ArrayError: lengths do not fit, or a factor is not finite.
+    """
+
+def cast(source: NDArray[np.uint8], source_dtype: str, target: NDArray[np.uint8], dtype: str) -> bool:
+    """Round numbers to another dtype; whether every finite one stayed finite."""
+
+def read_into(path: str | PathLike[str], offset: int, target: NDArray[np.uint8], *, threads: int | None = None) -> None:
+    """Fill `target` with the bytes of a file from `offset` on.
+
+    Raises:
+        CheckpointError: the file ends too early.
+        FileError: it cannot be opened or read.
+    """
+
+def write_file(
+    path: str | PathLike[str],
+    tensors: Sequence[tuple[str, str, Sequence[int], NDArray[Any]]],
+    metadata: Mapping[str, str],
+    *,
+    threads: int | None = None,
+) -> int:
+    """Write a new safetensors file: byte for byte that of `safetensors.save_file`; not flushed to the disk.
+
+    Args:
+        path: must not exist.
+        tensors: name, dtype as the header spells it ("BF16"), shape, and bytes.
+        metadata: of the header.
+        threads: all cores by default.
+
+    Returns:
+        Size of the file.
+
+    Raises:
+        PlanError: a name stands twice or is not allowed, or bytes and shape disagree.
+        FileError: the disk refuses; a part of the file may be left.
+    """

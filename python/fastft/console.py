@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -98,6 +99,27 @@ def silenced() -> Iterator[None]:
         _silent.pop()
 
 
+class Listener(Protocol):
+    """Takes over what would be shown, where a program and no person called us."""
+
+    def progress(self, what: str, done: float, total: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+_listener: "ContextVar[Listener | None]" = ContextVar("listener", default=None)
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Hand progress, notes and warnings of this thread to `listener` meanwhile, instead of stderr."""
+    before = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(before)
+
+
 def _marked(mark: str, colour: str, text: str) -> None:
     codes = {"yellow": "\033[33m", "red": "\033[31m"}
     shown = f"{codes[colour]}{mark}\033[0m" if sys.stderr.isatty() else mark
@@ -105,7 +127,9 @@ def _marked(mark: str, colour: str, text: str) -> None:
 
 
 def _say(shown: str, plain: str, *, even_if_silent: bool = False) -> None:
-    if not _silent or even_if_silent:
+    if (listener := _listener.get()) is not None:
+        listener.note(plain)
+    elif not _silent or even_if_silent:
         print(shown, file=sys.stderr, flush=True)
     _copy(plain)
 
@@ -134,6 +158,10 @@ def progress(what: str, total: float, unit: str = "") -> Iterator[Advance]:
     Yields:
         `advance(done, text)`: sets the amount done; `text` is shown at the end of the line (loss, tokens/s).
     """
+    if (listener := _listener.get()) is not None:
+        heard = listener
+        yield lambda done, text="": heard.progress(what, done, total)  # noqa: ARG005  a listener takes no text
+        return
     started = time.monotonic()
     if not sys.stderr.isatty():
         yield _plain_lines(what, total, unit, started)
@@ -184,7 +212,12 @@ def _plain_lines(what: str, total: float, unit: str, started: float) -> Advance:
         if now - last < PLAIN_LINE_EVERY_S:
             return
         last = now
-        amount = f"{done / 1e6:.0f}/{total / 1e6:.0f} MB" if unit == "B" else f"{done:.0f}/{total:.0f} {unit}"
-        note(f"{what}: {amount.strip()} ({now - started:.0f} s) {text}".rstrip())
+        elapsed_s = now - started
+        if unit == "B":
+            amount = f"{done / 1e6:.0f}/{total / 1e6:.0f} MB, {done / elapsed_s / 1e6:.0f} MB/s"
+        else:
+            amount = f"{done:.0f}/{total:.0f} {unit}".strip()
+        left = f", {(total - done) * elapsed_s / done:.0f} s left" if done > 0 else ""
+        note(f"{what}: {amount}{left} ({elapsed_s:.0f} s so far) {text}".rstrip())
 
     return advance

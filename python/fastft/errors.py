@@ -36,6 +36,10 @@ class PlanError(FastftError, ValueError):
     """A conversion cannot be right, so it is refused before the first byte is written."""
 
 
+class ArrayError(FastftError, ValueError):
+    """An array or an argument given to `fastft.native` cannot be used as it is."""
+
+
 class FileError(FastftError, OSError):
     """The disk, a path or a permission stands in the way."""
 

@@ -49,6 +49,7 @@ def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "convert merge base adapter out --dry-run --json --dequantized-base nf4")
     assert code == 0
     shown = json.loads(out)
+    assert shown["needs"]["disk_bytes"] == shown["total_bytes"]
     tensors = [tensor for file in shown["files"] for tensor in file["tensors"]]
     as_trained = {tensor["name"] for tensor in tensors if tensor.get("as_trained") == "nf4"}
     changed = {tensor["name"] for tensor in tensors if tensor["operation"] == "merge"}

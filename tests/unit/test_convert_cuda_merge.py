@@ -50,7 +50,12 @@ assert set(calls) == set(plan.changed), (set(calls), plan.changed)
 @pytest.mark.parametrize("match_peft", [False, True])
 @pytest.mark.parametrize(
     ("name", "lora"),
-    [("llama", {"target_modules": ["q_proj", "up_proj", "embed_tokens"]}), ("gpt2", {}), ("mixtral", {})],
+    [
+        ("llama", {"target_modules": ["q_proj", "up_proj", "embed_tokens"]}),
+        ("llama", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
+        ("gpt2", {}),
+        ("mixtral", {}),
+    ],
 )
 def test_the_bits_of_the_cpu(tmp_path: Path, name: str, lora: dict[str, Any], *, match_peft: bool) -> None:
     made = make(name, tmp_path, torch.bfloat16, **lora)

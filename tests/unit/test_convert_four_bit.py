@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastft.convert import four_bit
+from fastft.convert.mean import mean
 from fastft.convert.source import Seen, Source
 
 torch = pytest.importorskip("torch")
@@ -54,7 +55,7 @@ def test_bitsandbytes(tmp_path: Path, dtype: str, kind: str, blocksize: int, *, 
     np.testing.assert_array_equal(codes, packed.reshape(-1).numpy())
     np.testing.assert_array_equal(scales, exact.numpy())
     if double_quant:
-        assert four_bit.mean_of_scales(scales) == float(state.offset)
+        assert mean(scales) == float(state.offset)
         codes, nested = four_bit.codes_of_scales(scales, float(state.offset))
         np.testing.assert_array_equal(codes, state.absmax.numpy())
         np.testing.assert_array_equal(nested, state.state2.absmax.numpy())

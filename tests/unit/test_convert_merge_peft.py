@@ -9,6 +9,7 @@ import pytest
 
 from fastft.convert import merge, verify
 from fastft.convert.matching import NameOptions
+from fastft.errors import PlanError
 
 torch = pytest.importorskip("torch")
 
@@ -347,3 +348,48 @@ def test_golden_answers_of_stories260k(shared_data: Path, tmp_path: Path, case: 
     with torch.no_grad():
         found = model(torch.from_numpy(logits["input_ids"])).logits.numpy()
     np.testing.assert_allclose(found, logits["merged_logits"], atol=1e-3)
+
+
+def test_onto_what_pissa_left_of_the_base(tmp_path: Path) -> None:
+    """PEFT's own merge in the training process; onto the original base it is refused."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    model = small_llama()
+    model.save_pretrained(tmp_path / "original")
+    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
+    peft_model.save_pretrained(tmp_path / "adapter")
+    residual = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor.contiguous()
+        for name, tensor in peft_model.state_dict().items()
+        if "lora_" not in name
+    }
+    small_llama().save_pretrained(tmp_path / "residual", state_dict=residual)
+    merged = saved(peft_model.merge_and_unload(), tmp_path / "theirs")
+    with pytest.raises(PlanError, match="--base-is-residual"):
+        merge.plan(tmp_path / "original", [(tmp_path / "adapter", 1.0)])
+    plan = merge.plan(tmp_path / "residual", [(tmp_path / "adapter", 1.0)], base_is_residual=True)
+    merge.execute(plan, tmp_path / "mine")
+    mine = load_file(tmp_path / "mine" / "model.safetensors")
+    for name, tensor in merged.items():
+        # (r + 3) 2^-24 (|W| + s sum |b||a|) in f32, and the weights are below 1
+        assert torch.allclose(mine[name], tensor, rtol=0, atol=7 * 2.0**-22), name
+    name = "model.layers.0.self_attn.q_proj.weight"
+    original, left = (load_file(tmp_path / folder / "model.safetensors")[name] for folder in ("original", "residual"))
+    assert not torch.allclose(left, original, atol=1e-3)
+
+
+def small_llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=64,
+            tie_word_embeddings=False,
+        )
+    )

@@ -8,7 +8,6 @@ from fastft.cli.job import Job
 from fastft.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastft.convert.four_bit import FourBit
     from fastft.convert.matching import NameOptions
 
 
@@ -27,6 +26,7 @@ def merge(
     dequantized_base: Literal["auto", "none", "nf4", "fp4"] = "auto",
     double_quant: bool = False,
     match_peft: bool = False,
+    base_is_residual: bool = False,
     quantize: Literal["none", "nf4", "fp4"] = "none",
     blocksize: int = 64,
     skip: tuple[str, ...] = (),
@@ -51,6 +51,7 @@ def merge(
         dequantized_base: start from what QLoRA saw: the linear layers in 4 bit and back; auto: if the adapter says so
         double_quant: with --dequantized-base nf4 or fp4: the scales were quantized too; with --quantize: quantize them
         match_peft: round as PEFT's merge does, twice in embeddings and experts
+        base_is_residual: the base is what the start of the training (PiSSA, OLoRA, ...) left of the original
         quantize: write the linear layers in 4 bit, as bitsandbytes does
         blocksize: with --quantize: numbers that share a scale
         skip: with --quantize: a layer that stays as it is; may be given several times
@@ -69,20 +70,20 @@ def merge(
         raise UsageError("convert merge: --safe-serialization=false: fastft writes safetensors only")
 
     def run() -> None:
-        from fastft.config.schema import Model
         from fastft.convert import merge as merging
         from fastft.convert import size
         from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
         plan = merging.plan(
-            locate.model(Model(name=llm)),
+            locate.model_called(llm),
             [(Path(adapter_path), 1.0), *[with_weight(text) for text in adapter]],
             dtype=dtype,
             max_shard_size_bytes=size.parse_size(max_shard_size),
             names=name_options(model_class, key_map, is_clip=is_clip),
-            four_bit=four_bit_base(dequantized_base, double_quant=double_quant),
+            four_bit=merging.four_bit_base(dequantized_base, double_quant=double_quant),
             match_peft=match_peft,
+            base_is_residual=base_is_residual,
             quantize=None if quantize == "none" else FourBit(quantize, double_quant, checked_blocksize(blocksize)),
             skip=skip,
         )
@@ -92,17 +93,6 @@ def merge(
         console.result(merging.execute(plan, Path(save_path), force=force, on_gpu=device == "cuda").line())
 
     return Job(run)
-
-
-def four_bit_base(
-    dequantized_base: Literal["auto", "none", "nf4", "fp4"], *, double_quant: bool
-) -> "FourBit | Literal['auto'] | None":
-    """Read `--dequantized-base`; `convert verify` has it too."""
-    from fastft.convert.four_bit import FourBit
-
-    if dequantized_base == "auto":
-        return "auto"
-    return None if dequantized_base == "none" else FourBit(dequantized_base, double_quant)
 
 
 def checked_blocksize(blocksize: int) -> int:

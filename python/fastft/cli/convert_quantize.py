@@ -44,14 +44,13 @@ def quantize(
     checked_blocksize(blocksize)
 
     def run() -> None:
-        from fastft.config.schema import Model
         from fastft.convert import quantize as quantizing
         from fastft.convert import size
         from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
         plan = quantizing.plan_quantize(
-            locate.model(Model(name=model)),
+            locate.model_called(model),
             FourBit(quant_type, double_quant, blocksize),
             skip=skip,
             max_shard_size_bytes=size.parse_size(max_shard_size),
@@ -86,13 +85,12 @@ def dequantize(
         raise UsageError("convert dequantize: --json belongs to --dry-run")
 
     def run() -> None:
-        from fastft.config.schema import Model
         from fastft.convert import quantize as quantizing
         from fastft.convert import size
         from fastft.hub import locate
 
         plan = quantizing.plan_dequantize(
-            locate.model(Model(name=model)), dtype=dtype, max_shard_size_bytes=size.parse_size(max_shard_size)
+            locate.model_called(model), dtype=dtype, max_shard_size_bytes=size.parse_size(max_shard_size)
         )
         _finish(plan, save_path, dry_run=dry_run, json=json, force=force)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastft import console
-from fastft.cli.convert_merge import four_bit_base, name_options, with_weight
+from fastft.cli.convert_merge import name_options, with_weight
 from fastft.cli.job import Job
 from fastft.errors import UsageError
 
@@ -20,6 +20,7 @@ def verify(
     dequantized_base: Literal["auto", "none", "nf4", "fp4"] = "auto",
     double_quant: bool = False,
     match_peft: bool = False,
+    base_is_residual: bool = False,
     json: bool = False,
 ) -> Job:
     """Say tensor by tensor whether a folder is base + adapter.
@@ -36,23 +37,25 @@ def verify(
         dequantized_base: as it was merged
         double_quant: as it was merged
         match_peft: as it was merged
+        base_is_residual: as it was merged
         json: print the outcome as JSON
     """
     if base is None:
         raise UsageError("convert verify: --base is needed (and --adapter, for a merge): what was it made from")
 
     def run() -> int:
-        from fastft.config.schema import Model
         from fastft.convert import verify as verifying
+        from fastft.convert.merge import four_bit_base
         from fastft.hub import locate
 
         report = verifying.verify(
             Path(merged),
-            locate.model(Model(name=base)),
+            locate.model_called(base),
             [with_weight(text) for text in adapter],
             names=name_options(model_class, key_map, is_clip=is_clip),
             four_bit=four_bit_base(dequantized_base, double_quant=double_quant),
             match_peft=match_peft,
+            base_is_residual=base_is_residual,
         )
         console.result(report.as_json() if json else report.text())
         return 0 if report.good else 1

@@ -157,8 +157,13 @@ class Adapter:
         return list(self.config.get("target_parameters") or [])
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, *, base_is_residual: bool = False) -> Adapter:
     """Read an adapter folder.
+
+    Args:
+        folder: the adapter's.
+        base_is_residual: the base is what the start of the training left of it (PiSSA, OLoRA, ...), so that base +
+            adapter is the trained model.
 
     Raises:
         FileError: the folder, its config or its weights are missing.
@@ -171,6 +176,8 @@ def read_adapter(folder: Path) -> Adapter:
         raise FileError(f"{folder}: no {CONFIG} there; give the folder of a PEFT adapter{_nearby(folder)}")
     config = read_object(config_path)
     check_config(config, config_path)
+    if not base_is_residual:
+        _check_start(config, config_path)
     if weights_path.exists():
         tensors = read_safetensors(weights_path)
     elif (folder / PICKLE_WEIGHTS).exists():
@@ -248,12 +255,17 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     named = config.get("target_parameters") or []
     if not isinstance(named, list) or not all(isinstance(name, str) and name for name in named):
         raise CheckpointError(f"{path}: target_parameters must list names of parameters, it is {named!r}")
+
+
+def _check_start(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse starts that change the base: the base in the folder is not what was trained on (spec/formats.md 1.4)."""
     start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
+    if config.get("peft_type") == "LORA" and start not in _PLAIN_STARTS:
         raise PlanError(
             f"{path}: init_lora_weights {start!r} changed the base before the training, so base + adapter is not"
             " the trained model; save the adapter again in the training with PEFT's save_pretrained("
-            "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
+            "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA; or, if the base that you give is"
+            " the changed one, say --base-is-residual"
         )
 
 

@@ -200,21 +200,6 @@ def codes_of_scales(scales: "Float32", offset: float) -> "tuple[UInt8, Float32]"
     return codes, maxima.reshape(-1)
 
 
-def mean_of_scales(scales: "Float32") -> float:
-    """The offset of double quantization: the mean, by torch's own sum where it is installed, as bitsandbytes has it.
-
-    Without torch the mean is the nearest f32 to the exact one, which differs from torch's in the last place for some
-    tensors; codes made with it are as good, but not the same.
-    """
-    import numpy as np
-
-    try:
-        import torch
-    except ImportError:
-        return float(np.float32(scales.mean(dtype=np.float64)))
-    return float(torch.from_numpy(scales.copy()).mean().item())
-
-
 def _flat(source: Source, start: int, count: int) -> "Float32":
     size = DTYPE_BYTES[source.dtype]
     content = read_bytes(source, start * size, count * size)

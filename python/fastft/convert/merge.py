@@ -39,7 +39,16 @@ from fastft.convert.source import CONFIG_DTYPES, DTYPES, FLOATS, Seen, Source, r
 from fastft.convert.tied import Tied, find_tied, is_embedding
 from fastft.errors import PlanError, UsageError
 
-__all__ = ["RewritePlan", "execute", "output_dtype", "plan", "planned_tensors", "read_base"]
+__all__ = [
+    "RewritePlan",
+    "as_trained",
+    "execute",
+    "four_bit_base",
+    "output_dtype",
+    "plan",
+    "planned_tensors",
+    "read_base",
+]
 
 
 def plan(
@@ -53,6 +62,7 @@ def plan(
     match_peft: bool = False,
     quantize: FourBit | None = None,
     skip: Sequence[str] = (),
+    base_is_residual: bool = False,
 ) -> RewritePlan:
     """Plan a merge; reads config files and headers, writes nothing.
 
@@ -68,6 +78,7 @@ def plan(
         match_peft: round where PEFT's merge rounds, more than once in some layers.
         quantize: write the linear layers of the result in 4 bit.
         skip: with `quantize`: further modules that stay as they are.
+        base_is_residual: the base is what the start of the training (PiSSA, OLoRA, ...) left of the original.
 
     Raises:
         FileError, CheckpointError, PlanError: what is missing, broken, or cannot be merged right.
@@ -76,7 +87,7 @@ def plan(
         raise UsageError("merge: no adapter given")
     base = read_base(llm, names)
     tied = find_tied(base.config, base.tensors)
-    read = tuple((read_adapter(folder), weight) for folder, weight in adapters)
+    read = tuple((read_adapter(folder, base_is_residual=base_is_residual), weight) for folder, weight in adapters)
     joined = _joined(base, tied, read, names, match_peft=match_peft)
     tensors, untied = _output_tensors(base, joined, tied, output_dtype(dtype), read)
     if match_peft:
@@ -144,6 +155,15 @@ def planned_tensors(
         tensors = [_rounded_as_peft(tensor) for tensor in tensors]
     seen = as_trained(base, adapters) if four_bit == "auto" else four_bit
     return tensors if seen is None else offsets.found(_onto_four_bit(tensors, base, seen, adapters))
+
+
+def four_bit_base(
+    dequantized_base: Literal["auto", "none", "nf4", "fp4"], *, double_quant: bool
+) -> FourBit | Literal["auto"] | None:
+    """Read `--dequantized-base` and its `--double-quant` for `plan` and `verify`."""
+    if dequantized_base == "auto":
+        return "auto"
+    return None if dequantized_base == "none" else FourBit(dequantized_base, double_quant)
 
 
 def as_trained(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> FourBit | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from fastft import _native, console
-from fastft.convert.four_bit import FourBit, mean_of_scales
+from fastft.convert.four_bit import FourBit
+from fastft.convert.mean import mean
 from fastft.convert.plan import (
     Bytes,
     Cast,
@@ -96,4 +97,4 @@ def _offset(of: Numbers, dtype: str, shape: tuple[int, ...], four_bit: FourBit, 
     whole = packed("scanned", of, dtype, shape, four_bit, transposed=transposed)
     shard = Shard("nothing-is-written", tuple(part for part in whole if not isinstance(part.operation, Bytes)))
     assert any(isinstance(part.operation, ScalesOf) for part in shard.tensors)
-    return mean_of_scales(np.frombuffer(_native.block_maxima(native_json([shard], Path("/"))), "<f4"))
+    return mean(np.frombuffer(_native.block_maxima(native_json([shard], Path("/"))), "<f4"))

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastft import console
+from fastft import _native, console
 from fastft.convert.arithmetic import Arithmetic
 from fastft.convert.folder import read_safetensors
 from fastft.convert.peft_kinds import KINDS
@@ -207,7 +207,8 @@ def _release(model: Any) -> None:
 def _written(module: PeftModule, tensors: Sequence[OutputTensor], file: Path) -> dict[str, Copy]:
     """Merge a module into a file; gives copies from there by the names of its output tensors."""
     import torch
-    from safetensors.torch import save_file
+
+    from fastft.native.array import SAFETENSORS, memory
 
     merges = merged(module)
     results = {}
@@ -220,7 +221,8 @@ def _written(module: PeftModule, tensors: Sequence[OutputTensor], file: Path) ->
                 " or fp32"
             )
         results[tensor.name] = result.contiguous()
-    save_file(results, file)
+    arrays = [(name, memory(result, f"tensor {name!r}")) for name, result in results.items()]
+    _native.write_file(file, [(name, SAFETENSORS[found.dtype], found.shape, found.data) for name, found in arrays], {})
     found = read_safetensors(file)
     return {tensor.name: Copy(found[tensor.name]) for tensor in tensors}
 

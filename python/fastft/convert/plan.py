@@ -254,24 +254,31 @@ def into_shards(tensors: Sequence[OutputTensor], max_shard_size_bytes: int, sing
     groups = _native.split_into_shards([tensor.nbytes for tensor in tensors], max_shard_size_bytes)
     if len(groups) <= 1:
         return (Shard(single, tuple(tensors)),)
-    stem = single.removesuffix(".safetensors")
     return tuple(
-        Shard(f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors", tuple(tensors[index] for index in group))
+        Shard(shard_name(single, number, len(groups)), tuple(tensors[index] for index in group))
         for number, group in enumerate(groups, 1)
     )
 
 
+def shard_name(single: str, number: int, count: int) -> str:
+    """Name file `number` (from 1) of `count` that one file called `single` was split into."""
+    return f"{single.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
+
+
 def index_text(shards: Sequence[Shard]) -> str:
-    """Write the index of a sharded checkpoint, the very text of huggingface_hub 2.4 (spec/formats.md 6.1)."""
+    """Write the index of a sharded checkpoint."""
     tensors = [tensor for shard in shards for tensor in shard.tensors]
-    index = {
-        "metadata": {
-            "total_parameters": sum(prod(tensor.shape) for tensor in tensors),
-            "total_size": sum(tensor.nbytes for tensor in tensors),
-        },
-        "weight_map": {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors},
-    }
-    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+    return weight_index(
+        {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors},
+        sum(prod(tensor.shape) for tensor in tensors),
+        sum(tensor.nbytes for tensor in tensors),
+    )
+
+
+def weight_index(files: Mapping[str, str], num_parameters: int, num_bytes: int) -> str:
+    """Write an index from tensor names to files, the very text of transformers 5 (spec/formats.md 6.1)."""
+    metadata = {"total_parameters": num_parameters, "total_size": num_bytes}
+    return json.dumps({"metadata": metadata, "weight_map": dict(files)}, indent=2, sort_keys=True) + "\n"
 
 
 def index_name(single: str = SINGLE) -> str:

@@ -1,6 +1,7 @@
 """How a plan is shown: a table of at most 80 columns, and JSON for other programs."""
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from fastft.convert.plan import (
@@ -22,14 +23,15 @@ from fastft.convert.size import readable
 from fastft.convert.source import Packed, Seen, Source
 
 if TYPE_CHECKING:
+    from fastft.convert.estimate import Estimate
     from fastft.convert.rewrite import RewritePlan
 
 _WIDTH = 80
 _DTYPE_WORDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
-def as_table(plan: "RewritePlan") -> str:
-    """Write a plan as text: a line per tensor, then the totals and what should be known."""
+def as_table(plan: "RewritePlan", needed: "Estimate") -> str:
+    """Write a plan as text: a line per tensor, then the totals, what it needs and what should be known."""
     lines = [f"base     {plan.base.folder}"]
     for adapter, weight in plan.adapters:
         lines.append(f"adapter  {adapter.folder}" + (f"  x {weight:g}" if weight != 1.0 else ""))
@@ -42,6 +44,7 @@ def as_table(plan: "RewritePlan") -> str:
         f"{len(plan.tensors)} tensors, {len(plan.changed)} changed, {readable(plan.num_bytes)} in {num_shards}"
         f" file{'s' if num_shards > 1 else ''}"
     )
+    lines.append(needed.line())
     lines.append("with it: config.json" + "".join(f", {name}" for name in plan.side_files))
     if plan.edits.dtype is not None:
         lines.append(f"config.json: dtype becomes {plan.edits.dtype}")
@@ -53,7 +56,7 @@ def as_table(plan: "RewritePlan") -> str:
     return "\n".join(lines)
 
 
-def as_json(plan: "RewritePlan") -> str:
+def as_json(plan: "RewritePlan", needed: "Estimate") -> str:
     """Write a plan as JSON."""
     return json.dumps(
         {
@@ -62,6 +65,7 @@ def as_json(plan: "RewritePlan") -> str:
             "total_bytes": plan.num_bytes,
             "num_tensors": len(plan.tensors),
             "num_changed": len(plan.changed),
+            "needs": asdict(needed),
             "files": [_shard(shard) for shard in plan.shards],
             "side_files": {name: str(path) for name, path in plan.side_files.items()},
             "config": {

@@ -61,15 +61,17 @@ class RewritePlan:
 
     def as_table(self) -> str:
         """Write the plan as text of 80 columns."""
+        from fastft.convert.estimate import estimate
         from fastft.convert.plan_table import as_table
 
-        return as_table(self)
+        return as_table(self, estimate(self))
 
     def as_json(self) -> str:
         """Write the plan as JSON."""
+        from fastft.convert.estimate import estimate
         from fastft.convert.plan_table import as_json
 
-        return as_json(self)
+        return as_json(self, estimate(self))
 
     @property
     def sources(self) -> tuple[Path, ...]:
@@ -131,14 +133,24 @@ def execute(plan: RewritePlan, save_path: Path, *, force: bool = False, on_gpu: 
         check_unchanged(plan.base.fingerprints)
         for adapter, _ in plan.adapters:
             check_unchanged(adapter.fingerprints)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return RewriteReport(
         plan.verb,
         save_path,
-        plan.num_bytes,
+        sum(tensor.nbytes for tensor in tensors),  # the plan does not know how long the offsets' texts are
         time.monotonic() - started,
         len(plan.tensors),
         len(plan.changed),
         num_checked,
-        peak,
+        peak_memory_bytes(),
     )
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held.
+
+    What `getrusage` counts begins with the memory of the process that started this one; Linux keeps the right number.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return found[0] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

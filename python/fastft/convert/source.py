@@ -27,6 +27,10 @@ DTYPE_BYTES = {
     "BOOL": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "F8_E8M0": 1,
+    "C64": 8,
 }
 # What the stream reads as numbers; everything else can only be copied.
 FLOATS = ("F32", "F16", "BF16")

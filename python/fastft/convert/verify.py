@@ -131,10 +131,11 @@ def verify(
     names: NameOptions | None = None,
     four_bit: FourBit | Literal["auto"] | None = "auto",
     match_peft: bool = False,
+    base_is_residual: bool = False,
 ) -> VerifyReport:
     """Compute every tensor of `merged` again from the base and the adapters, and compare.
 
-    `names`, `four_bit` and `match_peft` are those of the merge. The dtypes of `merged` are taken as they are: a merge with
+    `names`, `four_bit`, `match_peft` and `base_is_residual` are those of the merge. The dtypes of `merged` are taken as they are: a merge with
     `--dtype fp16` is compared in fp16.
 
     Raises:
@@ -142,7 +143,7 @@ def verify(
     """
     merged = existing_folder(merged, "the merged model")
     written = _read(merged)
-    read = [(read_adapter(folder), weight) for folder, weight in adapters]
+    read = [(read_adapter(folder, base_is_residual=base_is_residual), weight) for folder, weight in adapters]
     planned = planned_tensors(read_base(base, names), read, None, names, four_bit, match_peft=match_peft)
     checks: list[TensorCheck] = []
     total = sum(tensor.nbytes for tensor in planned)

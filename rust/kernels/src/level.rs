@@ -4,11 +4,14 @@ use std::sync::OnceLock;
 
 use thiserror::Error;
 
-/// A CPU level; a higher one has all that a lower one has.
+/// A CPU level; a higher one of the same architecture has all that a lower one has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// Plain loops: the specification of every kernel.
     Scalar,
+    /// NEON, which every CPU of `aarch64` has: casts, products and sums in plain Rust, shaped so that the compiler makes
+    /// vector code of them. 4-bit kernels and `DoRA`'s are the scalar ones there. Not measured on such a CPU yet.
+    Neon,
     /// AVX2 with FMA and F16C (`x86_64`, from 2013).
     Avx2,
     /// AVX-512 F, BW, DQ and VL on top of [`Level::Avx2`].
@@ -22,10 +25,10 @@ pub const VARIABLE: &str = "FASTFT_SIMD";
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum LevelError {
     /// The name is none of ours.
-    #[error("FASTFT_SIMD={0:?} is no CPU level; use scalar, avx2 or avx512, or unset the variable")]
+    #[error("FASTFT_SIMD={0:?} is no CPU level; use scalar, neon, avx2 or avx512, or unset the variable")]
     Unknown(String),
     /// The name is known, the CPU lacks it.
-    #[error("FASTFT_SIMD={asked} asks for more than this CPU has ({best}); use {best} or less, or unset the variable")]
+    #[error("FASTFT_SIMD={asked}: this CPU has no such level; use {best} or scalar, or unset the variable")]
     Unavailable {
         /// What the variable says.
         asked: &'static str,
@@ -36,13 +39,14 @@ pub enum LevelError {
 
 impl Level {
     /// Every level, lowest first.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512];
 
     /// The name as `FASTFT_SIMD` spells it.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
         }
@@ -53,6 +57,8 @@ impl Level {
     pub fn is_available(self) -> bool {
         match self {
             Self::Scalar => true,
+            // Its bodies are plain Rust: the tests of this crate run them on any CPU.
+            Self::Neon => cfg!(any(target_arch = "aarch64", test)),
             Self::Avx2 => has_avx2(),
             Self::Avx512 => has_avx2() && has_avx512(),
         }
@@ -148,7 +154,7 @@ mod tests {
         let message = choose(Some("sse9")).map_err(|error| error.to_string());
         assert_eq!(
             message.err().as_deref(),
-            Some("FASTFT_SIMD=\"sse9\" is no CPU level; use scalar, avx2 or avx512, or unset the variable")
+            Some("FASTFT_SIMD=\"sse9\" is no CPU level; use scalar, neon, avx2 or avx512, or unset the variable")
         );
     }
 

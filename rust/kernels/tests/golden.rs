@@ -49,7 +49,9 @@ fn one_zero(values: Vec<u32>) -> Vec<u32> {
 #[test]
 fn four_bit_is_what_bitsandbytes_makes() {
     let mut num_cases = 0;
-    for line in include_str!("../../../tests/golden/nf4/cases.txt").lines() {
+    let files =
+        [include_str!("../../../tests/golden/nf4/cases.txt"), include_str!("../../../tests/golden/nf4/large.txt")];
+    for line in files.iter().flat_map(|file| file.lines()) {
         let fields: Vec<_> = line.split(' ').collect();
         let [code, size, element, source, packed, absmax, back] = fields[..] else { panic!("seven fields: {line}") };
         let code = Code::ALL.into_iter().find(|known| known.name() == code).unwrap_or_else(|| panic!("{code}"));

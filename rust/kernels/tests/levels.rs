@@ -5,7 +5,7 @@ use fastft_kernels::cast::{cast, narrow, widen};
 use fastft_kernels::dora::{self, Factors};
 use fastft_kernels::merge::{Band, Base, Delta, Left, Panels, Rounding, merge};
 use fastft_kernels::nf4::{self, Blocks, Code};
-use fastft_kernels::parallel;
+use fastft_kernels::parallel::{self, Magnitude};
 use fastft_kernels::{Cpu, Element, Level};
 use proptest::prelude::*;
 
@@ -286,6 +286,77 @@ proptest! {
 }
 
 #[test]
+fn merge_does_not_depend_on_the_number_of_threads() {
+    let mut random = Random(8);
+    let band = Band { rows: 1031, columns: 517 };
+    let count = band.rows * band.columns;
+    let (left, right) = (random.values(band.rows * 5), random.values(5 * band.columns));
+    let Ok(right) = Panels::from_rows(5, band.columns, &right) else { unreachable!("the sizes agree") };
+    for (row_stride, rank_stride) in [(5, 1), (1, band.rows)] {
+        let delta = Delta { left: Left { values: &left, row_stride, rank_stride }, right: &right, scale: 0.3 };
+        let base = weights(&mut random, Element::F16, count);
+        for cpu in Level::ALL.into_iter().filter_map(Cpu::at) {
+            let mut alone = vec![0; count * 4];
+            let apart = Base::Apart(Element::F16, &base);
+            let kept = merge(cpu, band, apart, Element::F32, &mut alone, &[delta], Rounding::Once);
+            for threads in [1, 2, 3, 7] {
+                let mut target = vec![0xAA; count * 4];
+                assert_eq!(parallel::merge(cpu, band, apart, Element::F32, &mut target, delta, threads), kept);
+                assert!(target == alone, "{cpu:?} {threads}");
+                let mut in_place = base.clone();
+                let done = parallel::merge(cpu, band, Base::InPlace, Element::F16, &mut in_place, delta, threads);
+                let mut expected = base.clone();
+                assert_eq!(
+                    merge(cpu, band, Base::InPlace, Element::F16, &mut expected, &[delta], Rounding::Once),
+                    done
+                );
+                assert!(in_place == expected, "{cpu:?} {threads} in place");
+            }
+            assert!(parallel::merge(cpu, band, apart, Element::F32, &mut alone[1..], delta, 2).is_err());
+        }
+    }
+}
+
+#[test]
+fn dora_of_a_whole_weight_agrees_for_every_number_of_threads() {
+    let mut random = Random(9);
+    let band = Band { rows: 700, columns: 811 };
+    let (left, right) = (random.values(band.rows * 3), random.values(3 * band.columns));
+    let Ok(right) = Panels::from_rows(3, band.columns, &right) else { unreachable!("the sizes agree") };
+    let delta = Delta { left: Left { values: &left, row_stride: 3, rank_stride: 1 }, right: &right, scale: 0.3 };
+    let mut base = vec![0; band.rows * band.columns * 2];
+    assert_eq!(narrow(scalar(), &random.values(band.rows * band.columns), Element::Bf16, &mut base), Ok(true));
+    let (rows, columns) = (random.values(band.rows), random.values(band.columns));
+    for magnitude in [Magnitude::OfRows(&rows), Magnitude::OfColumns(&columns)] {
+        let run = |cpu, threads| {
+            let mut target = vec![0xAA; base.len()];
+            let apart = Base::Apart(Element::Bf16, &base);
+            let done = parallel::merge_dora(cpu, band, apart, Element::Bf16, &mut target, delta, magnitude, threads);
+            assert_eq!(done, Ok(true));
+            let mut in_place = base.clone();
+            let (here, to) = (Base::InPlace, Element::Bf16);
+            let done = parallel::merge_dora(cpu, band, here, to, &mut in_place, delta, magnitude, threads);
+            assert_eq!(done, Ok(true));
+            assert!(in_place == target, "{cpu:?} {threads} in place");
+            target
+        };
+        let expected = run(scalar(), 1);
+        for_each_level(|cpu| {
+            for threads in [1, 2, 5] {
+                assert!(run(cpu, threads) == expected, "{cpu:?} {threads}");
+            }
+        });
+        let mut short = vec![0; base.len()];
+        let wrong = match magnitude {
+            Magnitude::OfRows(rows) => Magnitude::OfRows(&rows[1..]),
+            Magnitude::OfColumns(columns) => Magnitude::OfColumns(&columns[1..]),
+        };
+        let apart = Base::Apart(Element::Bf16, &base);
+        assert!(parallel::merge_dora(scalar(), band, apart, Element::Bf16, &mut short, delta, wrong, 1).is_err());
+    }
+}
+
+#[test]
 fn wrong_sizes_are_refused() {
     let panels = Panels::from_rows(2, 3, &[0.0; 6]).unwrap_or_else(|error| unreachable!("{error}"));
     let mut target = [0; 24];
@@ -346,6 +417,31 @@ fn four_bit_agrees_for_every_element_block_size_and_odd_length() {
     }
 }
 
+/// Every bf16, each in a block whose scale is one of many: small and large ones, whose reciprocal is not exact.
+#[test]
+fn four_bit_agrees_for_every_bf16() {
+    let scales = [0x3F80, 0x3F81, 0x3FC0, 0x3F55, 0x4049, 0x7F7F, 0x7F01, 0x0080, 0x006D, 0x006C, 0x0003, 0x3C23];
+    for scale in scales {
+        let smaller: Vec<u16> = (0..=u16::MAX).filter(|bits| bits & 0x7FFF <= scale).collect();
+        let mut source = Vec::new();
+        for values in smaller.chunks(63) {
+            let block = std::iter::once(scale).chain(values.iter().copied()).chain(std::iter::repeat(0)).take(64);
+            source.extend(block.flat_map(u16::to_le_bytes));
+        }
+        for code in Code::ALL {
+            let Ok(blocks) = Blocks::new(code, 64) else { unreachable!("64 is allowed") };
+            let quantized = |cpu| {
+                let (mut packed, mut absmax) = (vec![0xAA; source.len() / 4], vec![-1.0; source.len() / 128]);
+                let done = nf4::quantize(cpu, blocks, Element::Bf16, &source, &mut packed, &mut absmax);
+                assert_eq!(done, Ok(()));
+                (packed, bits(&absmax))
+            };
+            let expected = quantized(scalar());
+            for_each_level(|cpu| assert!(quantized(cpu) == expected, "{cpu:?} {code:?} {scale:#06x}"));
+        }
+    }
+}
+
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
@@ -371,6 +467,27 @@ fn four_bit_does_not_depend_on_the_number_of_threads() {
             assert!(run(threads) == alone, "{cpu:?} {threads}");
         }
     });
+}
+
+#[test]
+fn nested_scales_do_not_depend_on_the_number_of_threads() {
+    let absmax = Random(6).values(3 * (1 << 15) + 300);
+    let run = |threads| {
+        let (mut codes, mut scales) = (vec![0; absmax.len()], vec![0.0; absmax.len().div_ceil(256)]);
+        assert_eq!(parallel::quantize_scales(&absmax, 0.25, &mut codes, &mut scales, threads), Ok(()));
+        let mut back = vec![0.0; absmax.len()];
+        assert_eq!(parallel::dequantize_scales(&codes, &scales, 0.25, &mut back, threads), Ok(()));
+        (codes, bits(&scales), bits(&back))
+    };
+    let (mut codes, mut scales) = (vec![0; absmax.len()], vec![0.0; absmax.len().div_ceil(256)]);
+    assert_eq!(nf4::nested::quantize(&absmax, 0.25, &mut codes, &mut scales), Ok(()));
+    let mut back = vec![0.0; absmax.len()];
+    assert_eq!(nf4::nested::dequantize(&codes, &scales, 0.25, &mut back), Ok(()));
+    let alone = (codes, bits(&scales), bits(&back));
+    for threads in [1, 2, 3, 8] {
+        assert!(run(threads) == alone, "{threads}");
+    }
+    assert!(parallel::quantize_scales(&absmax, 0.0, &mut [0; 3], &mut [0.0; 1], 2).is_err());
 }
 
 #[test]

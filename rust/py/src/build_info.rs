@@ -5,7 +5,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::run_plan::num_cores;
+use crate::gate::num_cores;
 
 /// Version, CPU level, threads and, if known when it was built, the commit.
 #[pyfunction]

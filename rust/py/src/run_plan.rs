@@ -1,6 +1,5 @@
 //! A whole conversion in one call.
 
-use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 
 use fastft_convert::device::Device;
@@ -11,12 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::device::PythonDevice;
-use crate::gate::{to_python, without_gil};
-
-/// The number of cores that this process may use.
-pub fn num_cores() -> usize {
-    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
-}
+use crate::gate::{num_cores, to_python, without_gil};
 
 /// Runs the plan and returns what it did: `bytes_read`, `bytes_written`, `tensors`.
 #[pyfunction]

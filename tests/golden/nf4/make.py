@@ -1,10 +1,14 @@
-"""Makes cases.txt and nested.txt with bitsandbytes' CPU backend: `python tests/golden/nf4/make.py`.
+"""Makes cases.txt, large.txt and nested.txt with bitsandbytes' CPU backend: `python tests/golden/nf4/make.py`.
 
 A line of cases.txt: code, block size, dtype, then in hex (little-endian) the values, the packed bytes, the scales
 (f32), and the values after dequantizing. A line of nested.txt: the scales, the offset, the codes, the scales of the
 codes, and the scales after dequantizing. Made with bitsandbytes 0.50.2, torch 2.15.0 on a CPU without AVX-512.
+
+large.txt has the form of cases.txt, with the blocks that are too large for it; its lengths are no multiples of 16, so
+that bitsandbytes is right on a CPU with AVX-512 too, where it was made (`make.py large` makes it alone).
 """
 
+import sys
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -57,6 +61,28 @@ def inputs(dtype: torch.dtype, blocksize: int) -> list[torch.Tensor]:
     return [case.to(dtype) for case in cases]
 
 
+def line(code: str, blocksize: int, name: str, values: torch.Tensor) -> str:
+    packed, state = bnb.quantize_4bit(values, blocksize=blocksize, quant_type=code)
+    back = bnb.dequantize_4bit(packed, state)
+    return " ".join([code, str(blocksize), name, *map(hexed, (values, packed, state.absmax, back))])
+
+
+def large() -> None:
+    """Blocks of 512 to 4096: a full one with every kind of odd number but NaN and inf, zeros, NaN, and a short tail."""
+    lines = []
+    torch.manual_seed(2)
+    for blocksize in (512, 1024, 2048, 4096):
+        for code, name in (("nf4", "bf16"), ("fp4", "f16")):
+            values = torch.randn(blocksize + 21) * 0.05
+            values[:7] = torch.tensor([0.0, -0.0, 1e-39, -1e-39, 1e-45, 5e-8, -5e-8])
+            lines.append(line(code, blocksize, name, values.to(DTYPES[name])))
+    for code in ("nf4", "fp4"):
+        zeros_and_nan = torch.zeros(1024 + 5)
+        zeros_and_nan[600] = float("nan")
+        lines.append(line(code, 512, "f32", zeros_and_nan))
+    (FOLDER / "large.txt").write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     lines = []
     for code in ("nf4", "fp4"):
@@ -64,12 +90,7 @@ def main() -> None:
             for name, dtype in DTYPES.items():
                 if blocksize > 64 and name != "bf16":
                     continue
-                for values in inputs(dtype, blocksize):
-                    packed, state = bnb.quantize_4bit(values, blocksize=blocksize, quant_type=code)
-                    back = bnb.dequantize_4bit(packed, state)
-                    lines.append(
-                        " ".join([code, str(blocksize), name, *map(hexed, (values, packed, state.absmax, back))])
-                    )
+                lines += [line(code, blocksize, name, values) for values in inputs(dtype, blocksize)]
     (FOLDER / "cases.txt").write_text("\n".join(lines) + "\n")
     lines = []
     torch.manual_seed(1)
@@ -83,4 +104,6 @@ def main() -> None:
     (FOLDER / "nested.txt").write_text("\n".join(lines) + "\n")
 
 
-main()
+large()
+if "large" not in sys.argv:
+    main()

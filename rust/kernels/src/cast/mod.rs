@@ -5,13 +5,19 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod f16c;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", test))]
 pub(crate) mod lanes;
+#[cfg(any(target_arch = "aarch64", test))]
+pub(crate) mod neon;
 mod scalar;
 
 use thiserror::Error;
 
 use crate::element::{self, Element};
-use crate::level::{Cpu, Level};
+use crate::level::Cpu;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", test))]
+use crate::level::Level;
 
 /// Two lengths that must agree do not.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -108,8 +114,16 @@ pub(crate) fn widen_unchecked(cpu: Cpu, from: Element, source: &[u8], target: &m
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { avx2::widen(from, source, target) },
+        #[cfg(any(target_arch = "aarch64", test))]
+        Level::Neon => neon::widen(from, source, target),
         _ => scalar::widen(from, source, target),
     }
+}
+
+/// [`widen`] by the specification; each CPU level compiles it anew where it is called.
+#[inline(always)]
+pub(crate) fn widen_scalar(from: Element, source: &[u8], target: &mut [f32]) {
+    scalar::widen(from, source, target);
 }
 
 /// [`narrow`] by the specification, for few values: as many bytes as `source` has values of `to`.
@@ -126,6 +140,8 @@ pub(crate) fn narrow_unchecked(cpu: Cpu, source: &[f32], to: Element, target: &m
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { avx2::narrow(source, to, target) },
+        #[cfg(any(target_arch = "aarch64", test))]
+        Level::Neon => neon::narrow(source, to, target),
         _ => scalar::narrow(source, to, target),
     }
 }

@@ -19,7 +19,9 @@ mod scalar;
 
 use crate::cast::{LengthError, check_length, narrow_unchecked};
 use crate::element::Element;
-use crate::level::{Cpu, Level};
+use crate::level::Cpu;
+#[cfg(target_arch = "x86_64")]
+use crate::level::Level;
 use crate::merge::Band;
 
 /// Partial sums of a row.

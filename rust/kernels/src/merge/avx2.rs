@@ -1,7 +1,8 @@
 //! AVX2 and FMA: tiles of 6 rows x 16 columns, 12 registers of sums.
 
 use super::Product;
-use super::lanes::{self, add_bf16, add_f16, add_f32};
+use super::f16c::add_f16;
+use super::lanes::{self, add_bf16, add_f32};
 use crate::element::Element;
 
 /// Columns of a tile: two registers.

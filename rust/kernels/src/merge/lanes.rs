@@ -1,8 +1,8 @@
-//! The bodies that both x86 levels compile for themselves. The compiler keeps the sums of a small tile (rows x width)
+//! The bodies that several levels compile for themselves. The compiler keeps the sums of a small tile (rows x width)
 //! in vector registers; each sum still runs over the rank in the scalar order, so the bits are those of `scalar`.
 
 use super::{MOST_COLUMNS, PANEL, Product, ROWS};
-use crate::cast::lanes::{BLOCK, bf16_bits, f16_bits, lost_bf16, lost_f16};
+use crate::cast::lanes::{BLOCK, bf16_bits, lost_bf16};
 use crate::element::{Element, is_finite};
 
 /// The product, `WIDTH` columns at a time; `WIDTH` divides the panel.
@@ -64,28 +64,6 @@ fn tile<const ROWS: usize, const WIDTH: usize>(
 }
 
 /// See [`super::scalar::add`].
-#[inline]
-#[target_feature(enable = "f16c,avx")]
-pub fn add_f16(base: &[f32], sums: &[f32], target: &mut [u8]) -> bool {
-    const LANES: usize = 8;
-    let (bases, base_rest) = base.as_chunks::<LANES>();
-    let (sum_blocks, sums_rest) = sums.as_chunks::<LANES>();
-    let (targets, target_rest) = target.as_chunks_mut::<{ LANES * 2 }>();
-    let mut lost = 0;
-    for ((base, sums), bytes) in bases.iter().zip(sum_blocks).zip(targets) {
-        let mut merged = [0.0; LANES];
-        for lane in 0..LANES {
-            merged[lane] = sum_or_base(base[lane], sums[lane]);
-        }
-        *bytes = f16_bits(&merged);
-        for (base, half) in base.iter().zip(bytes.as_chunks::<2>().0) {
-            lost |= lost_f16(base.to_bits(), u16::from_le_bytes(*half));
-        }
-    }
-    super::scalar::add(base_rest, sums_rest, Element::F16, target_rest) && lost == 0
-}
-
-/// See [`super::scalar::add`].
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the bits of a bf16 fit in 16")]
 pub fn add_bf16(base: &[f32], sums: &[f32], target: &mut [u8]) -> bool {
@@ -122,8 +100,9 @@ pub fn add_f32(base: &[f32], sums: &[f32], target: &mut [u8]) -> bool {
     super::scalar::add(base_rest, sums_rest, Element::F32, target_rest) && lost == [0; BLOCK]
 }
 
+/// The sum, or a base that is not finite.
 #[inline(always)]
-fn sum_or_base(base: f32, sum: f32) -> f32 {
+pub fn sum_or_base(base: f32, sum: f32) -> f32 {
     let merged = base + sum;
     if is_finite(base.to_bits()) { merged } else { base }
 }

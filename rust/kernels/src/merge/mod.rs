@@ -14,12 +14,18 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod f16c;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", test))]
 mod lanes;
+#[cfg(any(target_arch = "aarch64", test))]
+mod neon;
 mod scalar;
 
 use crate::cast::{LengthError, check_length, narrow_unchecked, widen_unchecked};
 use crate::element::{Element, is_finite};
-use crate::level::{Cpu, Level};
+use crate::level::Cpu;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", test))]
+use crate::level::Level;
 
 /// Columns of one panel of a right factor: two AVX-512 or four AVX2 registers.
 const PANEL: usize = 32;
@@ -199,7 +205,8 @@ pub fn merge(
     Ok(work.kept)
 }
 
-fn check(band: Band, base: Base, to: Element, target: &[u8], deltas: &[Delta]) -> Result<(), LengthError> {
+/// Refuses sizes that do not agree.
+pub(crate) fn check(band: Band, base: Base, to: Element, target: &[u8], deltas: &[Delta]) -> Result<(), LengthError> {
     let values = band.rows.checked_mul(band.columns);
     let bytes_of = |element: Element| values.and_then(|values| values.checked_mul(element.size_bytes()));
     check_length("merge: target", target.len(), bytes_of(to))?;
@@ -313,6 +320,8 @@ fn product(cpu: Cpu, part: Product, left: &[f32], panels: &[f32], sums: &mut [f3
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { avx2::product(part, left, panels, sums) },
+        #[cfg(any(target_arch = "aarch64", test))]
+        Level::Neon => neon::product(part, left, panels, sums),
         _ => scalar::product(part, left, panels, sums),
     }
 }
@@ -326,6 +335,8 @@ fn add(cpu: Cpu, base: &[f32], sums: &[f32], to: Element, target: &mut [u8]) -> 
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { avx2::add(base, sums, to, target) },
+        #[cfg(any(target_arch = "aarch64", test))]
+        Level::Neon => neon::add(base, sums, to, target),
         _ => scalar::add(base, sums, to, target),
     }
 }

@@ -11,6 +11,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub mod nested;
 mod scalar;
 
@@ -18,7 +20,9 @@ use thiserror::Error;
 
 use crate::cast::{LengthError, check_length, widen_unchecked};
 use crate::element::Element;
-use crate::level::{Cpu, Level};
+use crate::level::Cpu;
+#[cfg(target_arch = "x86_64")]
+use crate::level::Level;
 
 /// A code book.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -221,22 +225,24 @@ pub fn quantize(
 ) -> Result<(), Error> {
     let count = check_source("quantize_4bit", blocks, from, source, absmax)?;
     check_length("quantize_4bit: packed", packed.len(), Some(count.div_ceil(2)))?;
-    let mut scratch = [0.0; SCRATCH];
-    let (values, _) = scratch.split_at_mut(blocks.size);
-    let sources = source.chunks(blocks.size * from.size_bytes());
-    for ((source, packed), absmax) in sources.zip(packed.chunks_mut(blocks.size / 2)).zip(absmax) {
-        let values = &mut values[..source.len() / from.size_bytes()];
-        widen_unchecked(cpu, from, source, values);
-        if values.len() < blocks.size {
-            *absmax = scalar::quantize_tail(blocks.code, values, packed);
-            continue;
-        }
-        *absmax = match cpu.level() {
-            // SAFETY: a `Cpu` exists only for a level that this CPU was found to have.
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 | Level::Avx512 => unsafe { avx2::quantize_block(blocks.code, values, packed) },
-            _ => scalar::quantize_block(blocks.code, values, packed),
-        };
+    let full = count / blocks.size;
+    let (source, tail) = source.split_at(full * blocks.size * from.size_bytes());
+    let (packed, packed_tail) = packed.split_at_mut(full * blocks.size / 2);
+    let (absmax, absmax_tail) = absmax.split_at_mut(full);
+    match cpu.level() {
+        // SAFETY: a `Cpu` exists only for a level that this CPU was found to have.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => unsafe { avx512::quantize_blocks(blocks.code, blocks.size, from, source, packed, absmax) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => unsafe { avx2::quantize_blocks(blocks.code, blocks.size, from, source, packed, absmax) },
+        _ => scalar::quantize_blocks(blocks.code, blocks.size, from, source, packed, absmax),
+    }
+    if let Some(absmax) = absmax_tail.first_mut() {
+        let mut scratch = [0.0; SCRATCH];
+        let values = &mut scratch[..tail.len() / from.size_bytes()];
+        widen_unchecked(cpu, from, tail, values);
+        *absmax = scalar::quantize_tail(blocks.code, values, packed_tail);
     }
     Ok(())
 }
@@ -283,16 +289,21 @@ pub fn dequantize(
     check_length("dequantize_4bit: target", target.len(), count.checked_mul(to.size_bytes()))?;
     check_length("dequantize_4bit: packed", packed.len(), Some(count.div_ceil(2)))?;
     check_length("dequantize_4bit: absmax", absmax.len(), Some(count.div_ceil(blocks.size)))?;
-    let book = blocks.code.book();
-    let targets = target.chunks_mut(blocks.size * to.size_bytes());
-    for ((packed, absmax), target) in packed.chunks(blocks.size / 2).zip(absmax).zip(targets) {
-        let values = book.map(|value| value * absmax);
-        match cpu.level() {
-            // SAFETY: a `Cpu` exists only for a level that this CPU was found to have.
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 | Level::Avx512 => unsafe { avx2::dequantize_block(&values, packed, to, target) },
-            _ => scalar::dequantize_block(&values, packed, to, target),
-        }
+    let full = count / blocks.size;
+    let (packed, packed_tail) = packed.split_at(full * blocks.size / 2);
+    let (absmax, absmax_tail) = absmax.split_at(full);
+    let (target, tail) = target.split_at_mut(full * blocks.size * to.size_bytes());
+    match cpu.level() {
+        // SAFETY: a `Cpu` exists only for a level that this CPU was found to have.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => unsafe { avx512::dequantize_blocks(blocks.code, blocks.size, packed, absmax, to, target) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => unsafe { avx2::dequantize_blocks(blocks.code, blocks.size, packed, absmax, to, target) },
+        _ => scalar::dequantize_blocks(blocks.code, blocks.size, packed, absmax, to, target),
+    }
+    if let Some(absmax) = absmax_tail.first() {
+        scalar::dequantize_block(&blocks.code.book().map(|value| value * absmax), packed_tail, to, tail);
     }
     Ok(())
 }

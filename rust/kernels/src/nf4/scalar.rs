@@ -1,6 +1,6 @@
 //! The specification: one value after the other.
 
-use super::{Code, SMALLEST};
+use super::{Code, SCRATCH, SMALLEST};
 use crate::cast;
 use crate::element::Element;
 
@@ -14,8 +14,19 @@ pub fn at_least_smallest(scale: f32) -> f32 {
     if scale < SMALLEST { SMALLEST } else { scale }
 }
 
+/// Quantizes full blocks of `size` values.
+pub fn quantize_blocks(code: Code, size: usize, from: Element, source: &[u8], packed: &mut [u8], absmax: &mut [f32]) {
+    let mut scratch = [0.0; SCRATCH];
+    let values = &mut scratch[..size];
+    let sources = source.chunks_exact(size * from.size_bytes());
+    for ((source, packed), absmax) in sources.zip(packed.chunks_exact_mut(size / 2)).zip(absmax) {
+        cast::widen_scalar(from, source, values);
+        *absmax = quantize_block(code, values, packed);
+    }
+}
+
 /// Quantizes a full block; gives its scale.
-pub fn quantize_block(code: Code, values: &[f32], packed: &mut [u8]) -> f32 {
+fn quantize_block(code: Code, values: &[f32], packed: &mut [u8]) -> f32 {
     let absmax = largest_magnitude(values);
     let inverse = 1.0 / at_least_smallest(absmax);
     pack(code, values, packed, |value| value * inverse);
@@ -43,6 +54,14 @@ fn pack(code: Code, values: &[f32], packed: &mut [u8], scaled: impl Fn(f32) -> f
 #[expect(clippy::neg_cmp_op_on_partial_ord, reason = "a NaN is above all thresholds")]
 fn above(thresholds: &[f32; 15], value: f32) -> usize {
     thresholds.iter().filter(|threshold| !(**threshold >= value)).count()
+}
+
+/// Looks up the codes of full blocks of `size` values.
+pub fn dequantize_blocks(code: Code, size: usize, packed: &[u8], absmax: &[f32], to: Element, target: &mut [u8]) {
+    let targets = target.chunks_exact_mut(size * to.size_bytes());
+    for ((packed, absmax), target) in packed.chunks_exact(size / 2).zip(absmax).zip(targets) {
+        dequantize_block(&code.book().map(|value| value * absmax), packed, to, target);
+    }
 }
 
 /// Looks up the codes of a block.
