@@ -107,7 +107,7 @@ PLAIN = {"checkpoints": "device", "embedding": "device", "head": "device", "mlp_
 # Variants whose losses must agree with the popular recipe's and with each other.
 EXACT = ("popular recipe", "fastft", "fastft, fused", "fastft, 8gb", "fastft, 6gb")
 # Rows of `--longest` are multiples of it.
-LONGEST_STEP = 512
+LONGEST_STEP = 1024
 
 
 # --- the model ---
