@@ -270,3 +270,20 @@ def test_the_order_of_refusals(model: Path, tmp_path: Path) -> None:
         work_dir=tmp_path / "run",
     )
     assert done.steps == 1
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_no_embedding_table_stays_behind(kind: str, model: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    """transformers gives all embeddings to a global list of bitsandbytes, which held the table of every finished run."""
+    import gc
+
+    from torch import nn
+
+    def tables() -> int:
+        gc.collect()
+        return sum(type(found) is nn.Embedding for found in gc.get_objects())
+
+    before = tables()
+    config = tiny_run.config(model, data["sft"], kind=kind, train__optimizer="adamw_8bit", train__max_steps=1)
+    run.run(config, work_dir=tmp_path / "run")
+    assert tables() == before
