@@ -42,6 +42,7 @@ COMMANDS = (
     Command(("config", "schema"), "config:schema"),
     Command(("config", "import"), "config:import_"),
     Command(("log-dataset",), "log_dataset:log_dataset"),
+    Command(("plan",), "plan:plan"),
     Command(("train",), "train:train"),
     Command(("convert", "pth_to_hf"), "convert_pth:pth_to_hf"),
     Command(("convert", "merge"), "convert_merge:merge"),

@@ -155,7 +155,7 @@ def plan(checkpoint: Checkpoint) -> Layout:
     if kind == "internlm3":  # transformers has the class; only the tokenizer is written anew
         config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
     else:
-        config = _llama_config_of_v1(checkpoint.config)
+        config = llama_config_of_v1(checkpoint.config)
     return Layout((), {path.name: path for path in files}, config, chosen, texts)
 
 
@@ -222,7 +222,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return new
 
 
-def _llama_config_of_v1(config: Mapping[str, Any]) -> dict[str, Any]:
+def llama_config_of_v1(config: Mapping[str, Any]) -> dict[str, Any]:
     """Translate InternLM's config.json into LlamaConfig's.
 
     Source: configuration_internlm.py and modeling_internlm.py of internlm/internlm-7b: `bias` is that of the four

@@ -6,7 +6,6 @@ bytes that grows evenly with the number of layers; what it takes with all of the
 part is the peak. Layers in between lie between the first and the last.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,11 @@ from typing import Any
 import torch
 
 from fastft.config import schema
-from fastft.errors import ConfigError
+from fastft.model import adapter
 from fastft.plan import skeleton
 from fastft.plan.tracker import Tracker, rounded
 
-# Of one process on a card: the CUDA context with the kernels that are loaded (0.3 to 0.5 GiB, by card and driver), and
-# cuBLAS' workspace, which torch's allocator gives (8 MiB; 32 MiB on Hopper). Spec training.md 3.
-CONTEXT_BYTES = int(0.4 * 2**30)
+# What cuBLAS asks of torch's allocator: 8 MiB, and 32 MiB on Hopper.
 WORKSPACE_BYTES = 8 * 2**20
 
 
@@ -59,6 +56,8 @@ class Account:
         working: all the rest of the peak: activations, logits, temporary weights.
         peak: of torch's allocator: the sum of these.
         ram: what waits in host RAM.
+        trained_weights: how many numbers are trained.
+        all_weights: how many the model has, adapters included.
         part: where in the step the peak is.
         line: the memory switches in use.
     """
@@ -72,6 +71,8 @@ class Account:
     working: int
     peak: int
     ram: int
+    trained_weights: int
+    all_weights: int
     part: str
     line: str
 
@@ -100,13 +101,13 @@ def account(subject: Subject, tokens: int, *, chunked_loss: bool = True) -> Acco
         peaks[name] = grown(one, large.named_peaks(length)[name])
     part = max(peaks, key=lambda name: peaks[name])
     peak = peaks[part] + (WORKSPACE_BYTES if subject.on_gpu else 0)
-    ram = sizes.pop("ram")
+    counts = {name: sizes.pop(name) for name in ("ram", "trained_weights", "all_weights")}
     gradients = sizes["gradients"]
     working = peak - sum(sizes.values())
     if working < 0:  # the peak comes before the gradients are there
         gradients, working = 0, working + gradients
     return Account(
-        **{**sizes, "gradients": gradients}, working=working, peak=peak, ram=ram, part=part, line=small.line
+        **{**sizes, "gradients": gradients}, working=working, peak=peak, part=part, line=small.line, **counts
     )
 
 
@@ -160,6 +161,7 @@ def _sizes(made: skeleton.Skeleton, tokens: int, layers: int) -> dict[str, int]:
     sizes = dict.fromkeys(("layers", "embedding", "head", "trained", "gradients", "optimizer", "ram"), 0)
     sizes["trained"] = sum(rounded(p.nbytes) for p in trained)
     sizes["gradients"] = sum(rounded(p.nbytes) for p in trained)
+    sizes["trained_weights"], sizes["all_weights"] = adapter.count_weights(made.model)
     sizes["optimizer"] = sum(rounded(state.nbytes) for state in made.states)
     for name, module in (("embedding", embedding), ("head", head)):
         for tensor in skeleton.held(module) if isinstance(module, torch.nn.Module) else ():
@@ -171,7 +173,7 @@ def _sizes(made: skeleton.Skeleton, tokens: int, layers: int) -> dict[str, int]:
             known.add(id(tensor))
             sizes["layers"] += rounded(tensor.nbytes)
     hidden = causal_lm.config.get_text_config().hidden_size
-    width = torch.finfo(causal_lm.dtype).bits // 8
+    width = made.dtype.itemsize
     switches = made.switches
     table = causal_lm.config.get_text_config().vocab_size * hidden * width
     sizes["ram"] = (switches.embedding == "host") * table + (switches.head == "host") * table

@@ -16,7 +16,6 @@ from torch import nn
 from torch.autograd import Function
 
 from fastft.config import schema
-from fastft.errors import ConfigError
 from fastft.model import adapter, device, memory, quantization
 from fastft.plan.tracker import Tracker
 
@@ -33,6 +32,7 @@ class Skeleton:
     Attributes:
         model: with its adapters.
         causal_lm: without.
+        dtype: of the base's weights.
         products: dtype of autocast, None for none.
         switches: the memory switches that are in use.
         states: the optimizer's.
@@ -40,6 +40,7 @@ class Skeleton:
 
     model: Any
     causal_lm: Any
+    dtype: torch.dtype
     products: torch.dtype | None
     switches: memory.Switches
     states: list[torch.Tensor]
@@ -112,7 +113,7 @@ def build(
     for tensor in held(model):
         tracker.hold(tensor)
     states = _optimizer_states(model, config.train.optimizer)
-    return Skeleton(model, causal_lm, products, switches, states)
+    return Skeleton(model, causal_lm, dtype, products, switches, states)
 
 
 def held(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -253,6 +254,8 @@ def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:  
 @contextmanager
 def stand_ins(tracker: Tracker, *, on_gpu: bool) -> Iterator[None]:
     """In place of what needs numbers, a card or its streams."""
+    from transformers import masking_utils
+
     from fastft.model import fused_lora, tiled_head
     from fastft.training import host_checkpoints, loss
 
@@ -269,6 +272,8 @@ def stand_ins(tracker: Tracker, *, on_gpu: bool) -> Iterator[None]:
         put = stack.enter_context
         put(mock.patch.object(host_checkpoints.HostCheckpoints, "buffer", buffer))
         put(mock.patch.object(nn.Module, "_apply", _apply))
+        # Whether rows are packed is asked of the numbers; the plan gives a packed row its mask itself.
+        put(mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _places: None))
         put(mock.patch.object(loss, "_agrees", lambda *_a: True))
         put(mock.patch.object(torch, "get_rng_state", lambda: torch.empty(0, dtype=torch.uint8)))
         put(mock.patch.object(torch, "set_rng_state", lambda _state: None))
@@ -278,19 +283,3 @@ def stand_ins(tracker: Tracker, *, on_gpu: bool) -> Iterator[None]:
             put(mock.patch.object(fused_lora, "_drop", _fused_drop))
             put(mock.patch.object(tiled_head._HostTiles, "__iter__", host_tiles))  # noqa: SLF001
         yield
-
-
-def refuse_remote(config: schema.Config, config_json: Mapping[str, Any]) -> None:
-    """Refuse a model whose class comes with its files.
-
-    Raises:
-        ConfigError: transformers has no class for it.
-    """
-    from transformers import CONFIG_MAPPING
-
-    kind = str(config_json.get("model_type", "unknown"))
-    if kind not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"plan {config.name}: transformers has no class for model type {kind}, and the model's own code is not run for "
-            "a plan"
-        )
