@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastft.config import schema
-from fastft.model import adapter
+from fastft.model import adapter, quiet
 from fastft.plan import skeleton
 from fastft.plan.tracker import Tracker, rounded
 
@@ -83,6 +83,7 @@ def account(subject: Subject, tokens: int, *, chunked_loss: bool = True) -> Acco
     Raises:
         ConfigError: the model's code needs numbers, not shapes alone.
     """
+    quiet.prepare_libraries()
     length = skeleton.period(subject.model_config)
     total = int(subject.model_config.get_text_config().num_hidden_layers)
     few, more = 2 * length, 3 * length
