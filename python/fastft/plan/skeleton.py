@@ -268,12 +268,19 @@ def stand_ins(tracker: Tracker, *, on_gpu: bool) -> Iterator[None]:
         for number, tile in enumerate(self.tiles):
             yield buffers[number % 2][: tile.shape[0]]
 
+    def nf4_tiles(self: Any, weight_VD: torch.Tensor, tile_rows: int, _device: torch.device) -> None:
+        self.tiles = [
+            (torch.empty(-(-tile.numel() // 2), 1, dtype=torch.uint8), _state(tile, weight_VD.dtype, nested=True))
+            for tile in torch.split(weight_VD.detach(), tile_rows)
+        ]
+
     with ExitStack() as stack:
         put = stack.enter_context
         put(mock.patch.object(host_checkpoints.HostCheckpoints, "buffer", buffer))
         put(mock.patch.object(nn.Module, "_apply", _apply))
         # Whether rows are packed is asked of the numbers; the plan gives a packed row its mask itself.
         put(mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _places: None))
+        put(mock.patch.object(tiled_head._Nf4Tiles, "__init__", nf4_tiles))  # noqa: SLF001
         put(mock.patch.object(loss, "_agrees", lambda *_a: True))
         put(mock.patch.object(torch, "get_rng_state", lambda: torch.empty(0, dtype=torch.uint8)))
         put(mock.patch.object(torch, "set_rng_state", lambda _state: None))
