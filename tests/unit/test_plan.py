@@ -11,8 +11,7 @@ import pytest
 
 import tiny_run
 from fastft.config.schema import Config
-from fastft.errors import ConfigError
-from fastft.plan import accounting, fit, subject
+from fastft.plan import accounting, subject
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MEASURED = (REPOSITORY / "benches" / "results" / "2026-11-26_nvidia-h200.md").read_text()
@@ -78,7 +77,6 @@ def measured() -> list[tuple[str, str, int, float]]:
             model = next(name for name in heading.groups() if name)
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) >= 7 and cells[0] in VARIANTS and cells[1].isdigit():
-
             found[model, cells[0], int(cells[1])] = float(cells[5])
     return [(*key, peak) for key, peak in found.items()]
 
@@ -212,9 +210,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # peft says of GPT-2's Conv1D what it does about it.
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.parametrize(("family", "kind", "switch"), CASES)
-def test_a_small_step_on_this_cpu(
-    family: str, kind: str, switch: str, models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_small_step_on_this_cpu(family: str, kind: str, switch: str, models: dict[str, Path], tmp_path: Path) -> None:
     settings = {"train__batch_size": 1, "data__max_length": TOKENS, "train__max_steps": 2, **SWITCHES[switch]}
     config = tiny_run.config(models[family], tmp_path / "none", kind=kind, task="pretrain", **settings)
     real = real_peak(config, tmp_path)

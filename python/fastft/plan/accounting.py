@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastft.config import schema
+from fastft.errors import ConfigError
 from fastft.model import adapter, quiet
 from fastft.plan import skeleton
 from fastft.plan.tracker import Tracker, rounded
@@ -89,8 +90,14 @@ def account(subject: Subject, tokens: int, *, chunked_loss: bool = True) -> Acco
     few, more = 2 * length, 3 * length
     if total <= more:
         few = more = total
-    small = _Run(subject, few, tokens, chunked_loss=chunked_loss)
-    large = small if few == more else _Run(subject, more, tokens, chunked_loss=chunked_loss)
+    try:
+        small = _Run(subject, few, tokens, chunked_loss=chunked_loss)
+        large = small if few == more else _Run(subject, more, tokens, chunked_loss=chunked_loss)
+    except RuntimeError as cause:  # how torch says that an operation needs numbers
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        raise ConfigError(
+            f"plan: a model of type {subject.model_config.model_type} cannot be counted on shapes alone: {reason}"
+        ) from cause
     steps = 0.0 if few == more else (total - few) / (more - few)
 
     def grown(one: int, other: int) -> int:
@@ -183,9 +190,7 @@ def _sizes(made: skeleton.Skeleton, tokens: int, layers: int) -> dict[str, int]:
     return sizes
 
 
-def _step(
-    subject: Subject, made: skeleton.Skeleton, tracker: Tracker, tokens: int, *, chunked_loss: bool
-) -> None:
+def _step(subject: Subject, made: skeleton.Skeleton, tracker: Tracker, tokens: int, *, chunked_loss: bool) -> None:
     """As the trainer makes it: micro-batches, then the optimizer."""
     from fastft.model import memory
     from fastft.training import loss, trainer
@@ -240,7 +245,7 @@ class _Follower:
             self.tracker.enter(("forward pass", number))
             hidden = args[0] if args else kwargs.get("hidden_states")
             if number and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
-                hidden.register_hook(lambda _gradient: self._back(number - 1))
+                hidden.register_hook(lambda _gradient: self._back(number - 1))  # type: ignore[no-untyped-call]
 
         return hook
 

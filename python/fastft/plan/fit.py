@@ -113,9 +113,7 @@ def possible(subject: Subject) -> tuple[Change, ...]:
         found.append(
             Change("train.grad_accumulation", train.grad_accumulation * train.batch_size, "the same rows in a step")
         )
-    offer(
-        "train.gradient_checkpointing", True, "a third more time", when=train.gradient_checkpointing is False
-    )
+    offer("train.gradient_checkpointing", True, "a third more time", when=train.gradient_checkpointing is False)
     offer("memory.embedding", "host", "one wait per step", when=tables and not tied and memory.embedding != "host")
     offer("memory.checkpoints", "host", "pinned RAM, copies beside the work", when=memory.checkpoints != "host")
     tile = memory.mlp_tile_tokens
@@ -139,9 +137,28 @@ def count(subject: Subject, tokens: int) -> Account:
     return _counted[key]
 
 
-def advise(subject: Subject, tokens: int, budget: int) -> Advice:
-    """The least costly changes with which rows of `tokens` tokens fit; all of them where they do not suffice."""
-    offered = possible(subject)
+def automatic(subject: Subject) -> tuple[Change, ...]:
+    """Those of `possible` that a run may make by itself: memory switches that the config leaves to it. All are exact."""
+    memory = subject.config.memory
+
+    def is_left(key: str) -> bool:
+        section, name = key.split(".")
+        return section == "memory" and getattr(memory, name) == "auto"
+
+    return tuple(change for change in possible(subject) if is_left(change.key))
+
+
+def advise(subject: Subject, tokens: int, budget: int, offered: tuple[Change, ...] | None = None) -> Advice:
+    """The least costly changes with which rows of `tokens` tokens fit; all of them where they do not suffice.
+
+    Args:
+        subject: what is planned.
+        tokens: of a row.
+        budget: the highest peak of torch's allocator that fits.
+        offered: what may be changed; None: `possible`.
+    """
+    if offered is None:
+        offered = possible(subject)
 
     def with_first(number: int) -> Account:
         return count(replace(subject, config=changed(subject.config, offered[:number])), tokens)

@@ -64,13 +64,23 @@ def with_layers(model_config: Any, count: int) -> Any:
     text.num_hidden_layers = count
     if getattr(text, "layer_types", None):
         text.layer_types = list(text.layer_types)[:count]
+    rope = getattr(text, "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("rope_type") in {"dynamic", "longrope"}:
+        # These look at the numbers of the places; the angles take the same memory.
+        text.rope_parameters = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
     made.use_cache = False
     return made
 
 
 def build(
-    config: schema.Config, model_config: Any, checkpoint: torch.dtype, stored_4bit: Mapping[str, Any] | None,
-    tracker: Tracker, *, on_gpu: bool, has_bf16: bool,
+    config: schema.Config,
+    model_config: Any,
+    checkpoint: torch.dtype,
+    stored_4bit: Mapping[str, Any] | None,
+    tracker: Tracker,
+    *,
+    on_gpu: bool,
+    has_bf16: bool,
 ) -> Skeleton:
     """The model of a run; inside FakeTensorMode and the tracker.
 
@@ -87,12 +97,13 @@ def build(
 
     on = torch.device("cuda" if on_gpu else "cpu")
     kind = config.method.kind
-    with mock.patch.object(device, "has_bf16", lambda _device: has_bf16), _quiet():
+    with mock.patch.object(device, "has_bf16", return_value=has_bf16), _quiet():
         dtype = device.weights_dtype(config.model.dtype, checkpoint, kind, on)
         products = device.products_dtype(config.model.dtype, dtype, kind, on)
         settings: dict[str, Any] = {"trust_remote_code": False}
         if config.model.attention != "auto":
-            settings["attn_implementation"] = config.model.attention
+            # Flash attention from its own package keeps what torch's keeps.
+            settings["attn_implementation"] = "eager" if config.model.attention == "eager" else "sdpa"
         with tracker.in_ram():
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
         if kind == "qlora" or stored_4bit is not None:
@@ -145,9 +156,7 @@ def _pack(model: nn.Module, dtype: torch.dtype, compute: torch.dtype, *, nested:
     for layer in list(model.modules()):
         if type(layer) is not nn.Linear or layer is head:
             continue
-        weight = nn.Parameter(
-            torch.empty(-(-layer.weight.numel() // 2), 1, dtype=torch.uint8), requires_grad=False
-        )
+        weight = nn.Parameter(torch.empty(-(-layer.weight.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
         weight.quant_state = _state(layer.weight, dtype, nested=nested)  # type: ignore[attr-defined]
         weight.compress_statistics, weight.quant_type = nested, "nf4"  # type: ignore[attr-defined]
         weight.bnb_quantized = True  # type: ignore[attr-defined]
@@ -195,7 +204,10 @@ def _quiet() -> Iterator[None]:
     """What the run itself will say is not said by its plan."""
     from fastft import console
 
-    with mock.patch.object(console, "note", lambda *_a, **_k: None):
+    def silent(*_args: Any, **_kwargs: Any) -> None:
+        return
+
+    with mock.patch.object(console, "note", silent), mock.patch.object(console, "warn", silent):
         yield
 
 
@@ -230,7 +242,7 @@ def _attention(
     return y
 
 
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002, ARG001, FBT001, FBT002 - torch's own names
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002, ARG001 - torch's own names
     return torch.native_dropout(input, p, train=True)[0] if training and p > 0 else input
 
 
@@ -238,13 +250,15 @@ def _fused_drop(x_NI: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch
     return torch.native_dropout(x_NI, dropout, train=True) if dropout > 0 else (x_NI, None)
 
 
-def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:  # noqa: FBT001, FBT002 - torch's own names
+def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:
     """`.to()` and `.float()` of a module whose tensors are fake: torch would swap them in place, which fake ones refuse."""
     for part in module.modules() if recurse else [module]:
         for name, parameter in list(part._parameters.items()):  # noqa: SLF001 - as in torch's own
-            changed = None if parameter is None else change(parameter.detach())
-            if parameter is not None and (changed.dtype, changed.device) != (parameter.dtype, parameter.device):
-                part._parameters[name] = nn.Parameter(changed, requires_grad=parameter.requires_grad)  # noqa: SLF001
+            if parameter is None:
+                continue
+            new = change(parameter.detach())
+            if (new.dtype, new.device) != (parameter.dtype, parameter.device):
+                part._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)  # noqa: SLF001
         for name, buffer in list(part._buffers.items()):  # noqa: SLF001
             if buffer is not None:
                 part._buffers[name] = change(buffer)  # noqa: SLF001
@@ -279,11 +293,11 @@ def stand_ins(tracker: Tracker, *, on_gpu: bool) -> Iterator[None]:
         put(mock.patch.object(host_checkpoints.HostCheckpoints, "buffer", buffer))
         put(mock.patch.object(nn.Module, "_apply", _apply))
         # Whether rows are packed is asked of the numbers; the plan gives a packed row its mask itself.
-        put(mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _places: None))
+        put(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
         put(mock.patch.object(tiled_head._Nf4Tiles, "__init__", nf4_tiles))  # noqa: SLF001
-        put(mock.patch.object(loss, "_agrees", lambda *_a: True))
-        put(mock.patch.object(torch, "get_rng_state", lambda: torch.empty(0, dtype=torch.uint8)))
-        put(mock.patch.object(torch, "set_rng_state", lambda _state: None))
+        put(mock.patch.object(loss, "_agrees", return_value=True))
+        put(mock.patch.object(torch, "get_rng_state", return_value=None))
+        put(mock.patch.object(torch, "set_rng_state", return_value=None))
         if on_gpu:
             put(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention))
             put(mock.patch.object(torch.nn.functional, "dropout", _dropout))

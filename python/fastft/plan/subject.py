@@ -48,6 +48,8 @@ def of_json(
         config_json = to_llama(config_json)
         kind = "llama"
     model_config = _read_as(config, kind, config_json)
+    if model_config.get_text_config() is not model_config:
+        raise ConfigError(f"plan: a model of type {kind} reads more than text; only text models are planned")
     stored = quantization.of_checkpoint(config_json)
     if stored is not None and config.method.kind == "full":
         raise ConfigError("method: full cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint")

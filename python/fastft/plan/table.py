@@ -74,9 +74,7 @@ def make(subject: Subject, card: Card | None, gpus: int = 1) -> Plan:
     advised_longest = None
     if advice is not None and not advice.fits:
         advised_longest = fit.longest(replace(subject, config=fit.changed(config, advice.changes)), budget)
-    return replace(
-        plan, longest=fit.longest(subject, budget), advice=advice, advised_longest=advised_longest
-    )
+    return replace(plan, longest=fit.longest(subject, budget), advice=advice, advised_longest=advised_longest)
 
 
 def _without_checkpoints(config: schema.Config) -> schema.Config:

@@ -24,7 +24,7 @@ def rounded(num_bytes: int) -> int:
 
 
 def _gemm_4bit(args: tuple[Any, ...]) -> int:
-    """bitsandbytes unpacks the whole weight, in the dtype of the input, for its product."""
+    """What bitsandbytes unpacks for its product: the whole weight, in the dtype of the input."""
     x, _packed, shape = args[:3]
     return rounded(int(shape[0]) * int(shape[1]) * x.element_size())
 
@@ -32,7 +32,7 @@ def _gemm_4bit(args: tuple[Any, ...]) -> int:
 _INSIDE: Mapping[str, Callable[[tuple[Any, ...]], int]] = {"bitsandbytes::gemm_4bit": _gemm_4bit}
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Counts the bytes of all tensors made inside it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self, *, inside: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = 0
         self.peaks: dict[Any, int] = {}
         self._inside = _INSIDE if inside else {}
@@ -92,7 +92,7 @@ class Tracker(TorchDispatchMode):
         if known is not None and known[0]() is storage:
             return
         num_bytes = rounded(storage.nbytes()) if self._counts else 0
-        entry = [None, num_bytes]
+        entry: list[Any] = [None, num_bytes]
 
         def freed(_reference: Any, key: int = key, entry: list[Any] = entry) -> None:
             self.held -= entry[1]

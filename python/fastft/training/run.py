@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastft import console
 from fastft.config import schema, show
@@ -19,6 +19,9 @@ from fastft.model import device, quiet, tokenizer
 from fastft.model import load as model_load
 from fastft.training import folder, launch, resume
 from fastft.training.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from fastft.plan import for_run
 
 # Bytes per trained weight in a checkpoint: fp32 weight and two moments.
 _STATE_BYTES = 12
@@ -117,15 +120,16 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
 
     from transformers import set_seed
 
+    choice = _planned(config, prepared.base)
     set_seed(config.train.seed)  # adapters and new weights are drawn while loading
     with _fits_on_gpu(config, lambda: "reading the weights"):
-        loaded = model_load.load_weights(config, prepared.base, prepared.tokenizer)
+        loaded = choice.told(model_load.load_weights(choice.config, prepared.base, prepared.tokenizer))
     about = record.describe(config, loaded, counts, steps)
     console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
     if config.memory != schema.Memory() or device.choose().type == "cuda":
         console.note(f"memory: {loaded.memory.line()}")
     _require_space(work_dir, loaded.model, config)
-    loss = _train(config, work_dir, loaded, prepared.data, about, found=found, writes=writes)
+    loss = _train(config, work_dir, loaded, prepared.data, about, planned=choice.config, found=found, writes=writes)
 
     artifact = work_dir / ("model" if config.method.kind == "full" else "adapter")
     if writes:
@@ -159,6 +163,13 @@ def _prepare(config: schema.Config) -> Prepared:
     return Prepared(base, words, data)
 
 
+def _planned(config: schema.Config, base: model_load.Base) -> "for_run.Choice":
+    """The memory switches that the plan for this card asks for."""
+    from fastft.plan import card, for_run
+
+    return for_run.choose(config, base, card.here(), launch.num_processes(), has_bf16=card.has_bf16())
+
+
 def _train(
     config: schema.Config,
     work_dir: Path,
@@ -166,10 +177,11 @@ def _train(
     data: Any,
     about: dict[str, Any],
     *,
+    planned: schema.Config,
     found: Checkpoint | None,
     writes: bool,
 ) -> float:
-    """Make the steps; returns the loss of the last one."""
+    """Make the steps; returns the loss of the last one. `planned` is the config with the plan's memory switches."""
     import torch
 
     from fastft.chat import session
@@ -193,7 +205,7 @@ def _train(
         has_eval = data.eval is not None and len(data.eval) > 0
         with _fits_on_gpu(config, status.where):
             work = trainer.FastftTrainer(
-                config=config,
+                config=planned,
                 model=loaded.model,
                 args=arguments,
                 collate=Collator(tokenizer.pad_id(loaded.tokenizer)),
