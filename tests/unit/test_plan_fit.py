@@ -76,11 +76,11 @@ def test_the_longest_row_is_the_last_that_fits() -> None:
 
 def test_nothing_dear_is_advised_where_something_cheap_is_enough() -> None:
     planned = tiny(memory={"lora": "plain"}, train={"batch_size": 1})
-    peak = fit.count(planned, 1024).peak
-    advice = fit.advise(planned, 1024, peak - 1)
+    budget = fit.count(planned, 1024).peak - 1
+    advice = fit.advise(planned, 1024, budget)
     assert advice.fits
-    assert [change.text() for change in advice.changes] == ["memory.lora=fused"]
-    assert advice.account.peak < peak
+    assert advice.account.peak <= budget
+    assert {change.key for change in advice.changes} <= {"memory.lora", "train.optimizer"}
 
 
 def test_what_is_advised_fits_when_it_is_followed() -> None:

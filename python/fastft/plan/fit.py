@@ -164,17 +164,17 @@ def advise(subject: Subject, tokens: int, budget: int, offered: tuple[Change, ..
         return count(replace(subject, config=changed(subject.config, offered[:number])), tokens)
 
     if with_first(len(offered)).peak > budget:
-        return Advice(_useful(subject, tokens, offered), with_first(len(offered)), fits=False)
+        return Advice(_useful(subject, tokens, offered, 2**63), with_first(len(offered)), fits=False)
     low, high = 0, len(offered)  # low does not fit, high does
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if with_first(middle).peak <= budget else (middle, high)
-    kept = _useful(subject, tokens, offered[:high])
+    kept = _useful(subject, tokens, offered[:high], budget)
     return Advice(kept, count(replace(subject, config=changed(subject.config, kept)), tokens), fits=True)
 
 
-def _useful(subject: Subject, tokens: int, changes: tuple[Change, ...]) -> tuple[Change, ...]:
-    """Without the changes that save next to nothing here, and without those that a later one overrides."""
+def _useful(subject: Subject, tokens: int, changes: tuple[Change, ...], budget: int) -> tuple[Change, ...]:
+    """Without the changes that save next to nothing and are not needed for the budget, and without those that a later one overrides."""
     kept: list[Change] = []
     least = count(replace(subject, config=changed(subject.config, changes)), tokens).peak
     last = {change.key: change for change in changes}
@@ -185,7 +185,7 @@ def _useful(subject: Subject, tokens: int, changes: tuple[Change, ...]) -> tuple
             peak = count(replace(subject, config=changed(subject.config, without)), tokens).peak
         except ValueError:  # settings that only go together
             peak = least * 2
-        if peak > least * (1 + _LEAST_SAVING) or change.key == "train.grad_accumulation":
+        if peak > min(least * (1 + _LEAST_SAVING), budget) or change.key == "train.grad_accumulation":
             kept.append(change)
     return tuple(kept)
 

@@ -97,16 +97,16 @@ def lines(plan: Plan) -> list[str]:
     found = [line for text in opening for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
     found.append("")
     for name, num_bytes, remark in _parts(plan):
-        found.append(f"  {name:<36}{num_bytes / GIB:8.2f} GiB  {remark}".rstrip())
+        found.append(f"  {name:<34}{num_bytes / GIB:6.2f} GiB  {remark}".rstrip())
     found.append("")
     if plan.card is not None:
         usable = f"{plan.card.free / GIB:.2f} of {plan.card.total / GIB:.2f} GiB"
-        found.append(f"  {'card':<36}{usable} can be used: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
+        found.append(f"  {'card':<34}{usable} usable: {'it fits' if plan.fits else 'NO FIT'}")
         assert plan.longest is not None
         none = "not even 256 tokens" if plan.longest == 0 else f"{plan.longest:,} tokens"
-        found.append(f"  {'longest row that fits':<36}{none}")
+        found.append(f"  {'longest row that fits':<34}{none}")
     for name, text in _beside(plan):
-        found.append(f"  {name:<36}{text}")
+        found.append(f"  {name:<34}{text}")
     return found + _advice_lines(plan)
 
 
@@ -122,7 +122,7 @@ def _parts(plan: Plan) -> list[tuple[str, int, str]]:
         ("gradients", counted.gradients, ""),
         (f"optimizer ({config.train.optimizer})", counted.optimizer, ""),
         ("activations and all in passing", counted.working, ""),
-        ("peak of torch's allocator", counted.peak, f"in the {counted.part}".replace("in the the", "in the")),
+        ("peak of torch's allocator", counted.peak, f"in the {counted.part}".replace("in the the", "in the").replace("in the", "in")),
         ("  without recomputed layers", plan.unchecked, ""),
         ("  with the logits of all tokens", plan.unchunked, ""),
     ]
@@ -157,7 +157,7 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
         ("RAM for what waits there", f"{counted.ram / GIB:.2f} GiB" + (" per card" if plan.gpus > 1 else "")),
         ("disk: base", f"{base / 1e9:.1f} GB"),
         ("disk: checkpoints", f"{config.output.keep + 1} x {states / 1e9:.2f} GB"),
-        (f"time of a step of {tokens:,} tokens", f"{times} TFLOP/s reached"),
+        (f"time of a step of {tokens:,} tokens", f"{times} TFLOP/s"),
     ]
 
 
@@ -186,7 +186,7 @@ def _advice_lines(plan: Plan) -> list[str]:
         found = ["", f"With these settings rows of {plan.advised_longest:,} tokens fit:"]
     else:
         found = ["", "No setting makes it fit; these bring it closest:"]
-    found += [f"  {change.text():<36}{change.cost}" for change in advice.changes]
+    found += [f"  {change.text():<34}{change.cost}" for change in advice.changes]
     if not advice.fits and plan.advised_longest:
         found.append(f"  data.max_length={plan.advised_longest:<20}longer samples are cut off")
     if not advice.fits and plan.subject.config.method.kind != "qlora":
