@@ -97,7 +97,7 @@ def lines(plan: Plan) -> list[str]:
     found = [line for text in opening for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
     found.append("")
     for name, num_bytes, remark in _parts(plan):
-        found.append(f"  {name:<34}{num_bytes / GIB:6.2f} GiB  {remark}".rstrip())
+        found.append(f"  {name:<32}{num_bytes / GIB:6.2f} GiB  {remark}".rstrip())
     found.append("")
     if plan.card is not None:
         usable = f"{plan.card.free / GIB:.2f} of {plan.card.total / GIB:.2f} GiB"
