@@ -222,13 +222,17 @@ def test_no_template_and_no_eos_are_clear_errors(tokenizer: Any, tmp_path: Path)
     assert prepare(data, "sft", bare, 0, chat_template=tokenizer.chat_template).chat_template == tokenizer.chat_template
 
 
-def test_a_template_that_ends_no_turn_is_warned_of(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_template_that_ends_no_turn_gets_eos_or_a_warning(tokenizer: Any, tmp_path: Path) -> None:
     own = tokenizer.chat_template
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     try:
+        result = prepared(tokenizer, tmp_path / "a.jsonl", alpaca(("a", "b")))
+        assert shown(tokenizer, result) == ["user: a\nassistant: b\n<e>"]
+        assert "    the chat template ends no turn; <e> is put behind the last answer" in result.report.lines()
+        tokenizer.eos_token = None
         lines = prepared(tokenizer, tmp_path / "a.jsonl", alpaca(("a", "b"))).report.lines()
     finally:
-        tokenizer.chat_template = own
+        tokenizer.chat_template, tokenizer.eos_token = own, "<e>"
     assert any(line.startswith("  warning: the chat template ends no turn") for line in lines)
     assert all(len(line) <= 80 for line in lines if str(tmp_path) not in line)
 
