@@ -13,23 +13,9 @@ from fastft.errors import DataError, FileError
 DEFAULTS: dict[str, Any] = {"max_length": 64, "packing": False}
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """Bytes as tokens: a token per character of ASCII, so that lengths can be counted by eye."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({sign: index for index, sign in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", pad_token="<p>")
-    fast.add_tokens(["<u>", "<a>"], special_tokens=True)
-    fast.chat_template = (
-        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a>' }}{{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}<a>{% endif %}"
-    )
-    return fast
+@pytest.fixture
+def tokenizer(byte_tokenizer: Any) -> Any:
+    return byte_tokenizer
 
 
 def prepared(tokenizer: Any, path: Path, rows: list[Any], task: str = "sft", **settings: Any) -> Prepared:

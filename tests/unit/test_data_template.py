@@ -384,10 +384,10 @@ def test_a_template_without_any_end_says_so(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     template = ChatTemplate(tokenizer)
     assert template.learns_to_stop
+    text, spans = template.learned_spans(said("a", "b"))
     assert list(template.notes) == [
         f"the chat template ends no turn; {tokenizer.eos_token} is put behind the last answer"
     ]
-    text, spans = template.learned_spans(said("a", "b"))
     # It opens no turn for the assistant either, so that the model has to say who speaks.
     assert [text[start:end] for start, end in spans] == ["assistant: b\n" + tokenizer.eos_token]
     eos, tokenizer.eos_token = tokenizer.eos_token, None

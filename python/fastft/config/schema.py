@@ -163,7 +163,9 @@ class Check(Section):
     max_bad_rows: Fraction | None = Field(
         None, description="largest part of the rows that on_bad_row: skip may leave out, 0 to 1"
     )
-    max_truncated: Fraction | None = Field(None, description="largest part of the samples cut off at max_length, 0 to 1")
+    max_truncated: Fraction | None = Field(
+        None, description="largest part of the samples cut off at max_length, 0 to 1"
+    )
     max_not_learned: Fraction | None = Field(
         None, description="largest part of the samples dropped because no token in them is learned, 0 to 1"
     )

@@ -54,13 +54,15 @@ class Entry:
             DataError: what `make` refuses, or a file of the source that changed while it was read.
             FileError: the entry cannot be written.
         """
-        waiting = False
+        waiting = made = False
         while True:
             found = self._load()
             if found is not None:
+                found[1].from_cache = not made
                 return found
             try:
                 self._write(make)
+                made = True
             except BusyError:
                 if not waiting:
                     console.note(f"cache {self.folder}: waiting for another process that prepares the same data")
@@ -103,20 +105,28 @@ class Entry:
         if not self.folder.exists():
             return None
         try:
-            manifest = _manifest(self.folder / MANIFEST)
-            if manifest["about"] != self.about:
-                raise ValueError("it is about other data")
-            for name in store.ARRAYS:
-                if _stated(self.folder / f"{name}.npy") != manifest["arrays"][name]:
-                    raise ValueError(f"{name}.npy is not what was written")
+            manifest = self._manifest()
             documents = store.read(self.folder, [(name, unit) for name, unit in manifest["files"]])
             report = SourceReport.of_json(manifest["report"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             console.warn(f"cache {self.folder}: not used and made anew, {error}")
             shutil.rmtree(self.folder)
             return None
-        report.from_cache = True
         return documents, report
+
+    def _manifest(self) -> dict[str, Any]:
+        """The manifest, after it and the arrays that it names have been checked.
+
+        Raises:
+            ValueError, TypeError, KeyError, OSError: something is not as it was written.
+        """
+        manifest = _read_manifest(self.folder / MANIFEST)
+        if manifest["about"] != self.about:
+            raise ValueError("it is about other data")
+        for name in store.ARRAYS:
+            if _stated(self.folder / f"{name}.npy") != manifest["arrays"][name]:
+                raise ValueError(f"{name}.npy is not what was written")
+        return manifest
 
 
 def folder(setting: str) -> Path:
@@ -211,7 +221,7 @@ def _code() -> str:
     return hashed.hexdigest()
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         raw = stream.read(MANIFEST_MAX_BYTES + 1)
     if len(raw) > MANIFEST_MAX_BYTES:

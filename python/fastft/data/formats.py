@@ -76,7 +76,7 @@ def recognise(values: Sequence[Any], task: Task, file: str) -> Format:
         )
     columns = list(dict.fromkeys(str(name) for value in values for name in value))
     if task in PAIR_TASKS or task == "kto":
-        return _preference_format(values, columns, task, file)
+        return _preference_format(columns, task, file)
     if PREFERENCE_COLUMNS & set(columns):
         raise DataError(f"data {file}: preference data (columns {', '.join(columns)}) cannot be used by task {task}")
     turns = _turn_format(values)
@@ -99,7 +99,7 @@ def recognise(values: Sequence[Any], task: Task, file: str) -> Format:
     )
 
 
-def _preference_format(values: Sequence[Any], columns: Sequence[str], task: Task, file: str) -> Format:
+def _preference_format(columns: Sequence[str], task: Task, file: str) -> Format:
     """The format of rows for a task that learns from preferences; kto also takes pairs, as two judged answers each."""
     if PREFERENCE_COLUMNS & set(columns):
         return "preference"

@@ -100,7 +100,9 @@ def _learned_from(dialogue: Dialogue, start: int) -> Dialogue:
 def _answers(row: Mapping[str, Any], where: Where) -> tuple[list[Message], list[Message]]:
     """What each side says: only the answer, or the whole dialogue."""
     if "chosen" in row and "rejected" in row:
-        return _said(row["chosen"], "assistant", "chosen", where), _said(row["rejected"], "assistant", "rejected", where)
+        return _said(row["chosen"], "assistant", "chosen", where), _said(
+            row["rejected"], "assistant", "rejected", where
+        )
     if "chosen_messages" in row and "rejected_messages" in row:
         names = ("chosen_messages", "rejected_messages")
         chosen, rejected = (_said(row[name], "assistant", name, where) for name in names)
@@ -173,7 +175,5 @@ def _marked(text: str, column: str) -> list[Message]:
         ends = [place for place in (rest.find(HUMAN_MARK), rest.find(ASSISTANT_MARK)) if place >= 0]
         end = min(ends, default=len(rest))
         content, rest = rest[:end].strip(), rest[end:]
-        messages.append(
-            Message("user", content) if mark == HUMAN_MARK else Message("assistant", content, learn=True)
-        )
+        messages.append(Message("user", content) if mark == HUMAN_MARK else Message("assistant", content, learn=True))
     return messages

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,20 +113,20 @@ def prepare(
         num_held_back = min(data.eval_rows, len(units))
         order = np.random.default_rng(seed).permutation(len(units))
         eval_units, units = np.sort(order[:num_held_back]), np.sort(order[num_held_back:])
-    mixed = _weighted(units, documents, data.train, part, per_unit, seed)
+    mixed = _weighted(units, documents, data.train, part, per_unit=per_unit, seed=seed)
     packing = data.packing and task in ("pretrain", "sft")
-    train = _rows(documents, mixed, data, per_unit, seed, packing=packing)
+    train = _rows(documents, mixed, data, per_unit=per_unit, seed=seed, packing=packing)
     evaluation = None
     if held_back is not None:
         every = np.arange(len(held_back) // per_unit, dtype=np.int64)
-        evaluation = _rows(held_back, every, data, per_unit, seed, packing=packing)
+        evaluation = _rows(held_back, every, data, per_unit=per_unit, seed=seed, packing=packing)
     elif num_held_back:
-        evaluation = _rows(documents, eval_units, data, per_unit, seed, packing=packing)
+        evaluation = _rows(documents, eval_units, data, per_unit=per_unit, seed=seed, packing=packing)
         eval_part = PartReport(longest=int(documents.lengths[evaluation.order].max()))
     stops = encoder.stop_token_ids()
-    _count(part, train, stops, per_unit, batch_size, seed)
+    _count(part, train, stops, per_unit=per_unit, batch_size=batch_size, seed=seed)
     if eval_part is not None and evaluation is not None:
-        _count(eval_part, evaluation, stops, per_unit, batch_size, seed)
+        _count(eval_part, evaluation, stops, per_unit=per_unit, batch_size=batch_size, seed=seed)
         measured, learned = (_unit_digests(side, per_unit)[1] for side in (evaluation, train))
         eval_part.in_train = int(np.isin(measured, learned).sum())
     report = DataReport(
@@ -288,8 +288,8 @@ class Encoder:
     def add(self, batch: Sequence[Item], collected: Store, report: SourceReport) -> None:
         """Tokenise a batch, cut it to length, and put it into `collected`."""
         texts = [item for item in batch if isinstance(item, Text)]
-        for encoded, item in zip(self._texts(texts), texts, strict=True):
-            self._split(encoded, item.where, collected, report)
+        for encoded_text, text in zip(self._texts(texts), texts, strict=True):
+            self._split(encoded_text, text.where, collected, report)
         spoken = [item for item in batch if not isinstance(item, Text)]
         kinds, dialogues, last = [], [], []  # last: whether the dialogue is the last one of its item
         for item in spoken:
@@ -352,9 +352,7 @@ class Encoder:
         for found in rendered:
             yield found if isinstance(found, BadRowError) else next(encoded)
 
-    def _cut(
-        self, parts: Sequence[tuple[Encoded, int]], where: Where, collected: Store, report: SourceReport
-    ) -> None:
+    def _cut(self, parts: Sequence[tuple[Encoded, int]], where: Where, collected: Store, report: SourceReport) -> None:
         """Keep the first max_length tokens of a dialogue, or of both of a pair."""
         length = max(len(encoded.ids) for encoded, _ in parts)
         report.lengths[length] += 1
@@ -397,7 +395,7 @@ def _dialogues(item: Item, task: Task) -> list[tuple[Dialogue, int]]:
 
 def _count_unanswered(dialogue: Dialogue, report: SourceReport) -> None:
     roles = [message.role for message in dialogue.messages]
-    if any(role == "user" and after != "assistant" for role, after in zip(roles, roles[1:], strict=False)):
+    if any(role == "user" and after != "assistant" for role, after in pairwise(roles)):
         report.unanswered += 1
         report.first.setdefault("unanswered", dialogue.where)
 
@@ -456,7 +454,7 @@ def _refuse_empty(documents: Collection, part: PartReport, name: str) -> None:
 
 
 def _weighted(
-    units: Numbers, documents: Collection, from_sources: Sequence[Source], part: PartReport, per_unit: int, seed: int
+    units: Numbers, documents: Collection, from_sources: Sequence[Source], part: PartReport, *, per_unit: int, seed: int
 ) -> Numbers:
     """The units of an epoch, each as often as the weight of its source says."""
     mixed = []
@@ -469,7 +467,7 @@ def _weighted(
     return np.concatenate([np.zeros(0, dtype=np.int64), *mixed])
 
 
-def _rows(documents: Collection, units: Numbers, data: Data, per_unit: int, seed: int, *, packing: bool) -> Samples:
+def _rows(documents: Collection, units: Numbers, data: Data, *, per_unit: int, seed: int, packing: bool) -> Samples:
     """Units laid out in rows: packed, or one document each."""
     if not packing:
         order = (units[:, None] * per_unit + np.arange(per_unit)).ravel()
@@ -481,7 +479,9 @@ def _rows(documents: Collection, units: Numbers, data: Data, per_unit: int, seed
     return Samples(documents, np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64), order)
 
 
-def _count(part: PartReport, samples: Samples, stops: Sequence[int], per_unit: int, batch_size: int, seed: int) -> None:
+def _count(
+    part: PartReport, samples: Samples, stops: Sequence[int], *, per_unit: int, batch_size: int, seed: int
+) -> None:
     part.documents = samples.num_documents // per_unit
     part.rows = len(samples) // per_unit
     part.tokens = samples.num_tokens
@@ -527,6 +527,7 @@ def _unit_digests(samples: Samples, per_unit: int) -> "tuple[Numbers, np.ndarray
 def _count_duplicates(part: PartReport, samples: Samples, per_unit: int) -> None:
     """Samples that repeat an earlier one; a pair does if both of its answers do."""
     numbers, digests = _unit_digests(samples, per_unit)
+    part.distinct = len(numbers)
     _, firsts, groups = np.unique(digests, return_index=True, return_inverse=True)
     part.duplicates = len(digests) - len(firsts)
     if part.duplicates:

@@ -7,7 +7,7 @@ A source's part is kept with its tokens in the cache, as JSON.
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from fastft.config.schema import Format
@@ -64,10 +64,9 @@ class SourceReport:
 
     def as_json(self) -> dict[str, Any]:
         """All fields in types that JSON has."""
-        plain = asdict(self)
-        # JSON turns numbers that are keys into text.
-        plain["lengths"] = sorted(self.lengths.items())
-        return plain
+        # asdict makes a Counter of the pairs of a Counter; and JSON turns numbers that are keys into text.
+        counters = {"skipped": dict(self.skipped), "lengths": sorted(self.lengths.items())}
+        return {**asdict(replace(self, skipped=Counter(), lengths=Counter())), **counters}
 
     @classmethod
     def of_json(cls, plain: Mapping[str, Any]) -> Self:
@@ -95,10 +94,11 @@ class PartReport:
     tokens: int = 0
     learned_tokens: int = 0
     longest: int = 0  # tokens of the longest document before it was cut
-    duplicates: int = 0  # samples whose tokens are those of an earlier one
+    distinct: int = 0  # of `documents` those that differ by their place: a weight above 1 repeats some
+    duplicates: int = 0  # of these, samples whose tokens are those of an earlier one
     first_duplicate: tuple[Where, Where] | None = None  # it, and the earlier one
     in_train: int = 0  # of the eval part: samples that also stand in the train part
-    stops: int = 0  # samples in which a token that ends an answer is learned
+    stops: int = 0  # of `distinct`, samples in which a token that ends an answer is learned
     padded_tokens: int = 0  # tokens of an epoch without packing, each batch padded to its longest row
     chosen_tokens: int = 0  # learned tokens of the better answers (pairs), of the good ones (kto)
     rejected_tokens: int = 0  # of the worse ones

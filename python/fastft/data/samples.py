@@ -86,7 +86,9 @@ class Documents:
     learned: Mask  # [tokens]
     starts: Numbers  # [documents + 1]
     places: Sequence[Where]  # [documents]
-    digests: npt.NDArray[np.uint64] | None = None  # [documents]: of the ids before they were cut; equal ids, equal digest
+    digests: npt.NDArray[np.uint64] | None = (
+        None  # [documents]: of the ids before they were cut; equal ids, equal digest
+    )
     kinds: npt.NDArray[np.uint8] | None = None  # [documents]: PLAIN to BAD; None is all PLAIN
 
     def __len__(self) -> int:

@@ -106,7 +106,11 @@ class Store:
             return _documents(found, self.files)
         for name, stream in self._open.items():
             dtype = np.dtype(ARRAYS[name])
-            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (self._starts[-1],)}
+            header = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": (self._starts[-1],),
+            }
             stream.seek(0)
             np.lib.format.write_array_header_1_0(stream, header)
             assert stream.tell() == NPY_HEADER_BYTES

@@ -100,7 +100,7 @@ class ChatTemplate:
         # What is used, and what belongs into the adapter's folder.
         self.text: str = text
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
-        # What the template made necessary and the user should know, each said once.
+        # What the template made necessary in the dialogues so far and the user should know, each said once.
         self.notes: dict[str, None] = {}
         # What ends the assistant's turn ("<|im_end|>"); "" if the template has no such mark.
         self.end_of_turn: str
@@ -123,8 +123,6 @@ class ChatTemplate:
         if not self.end_of_turn and not self._end_of_text:
             self._appended = str(tokenizer.special_tokens_map.get("eos_token", ""))
             self._turn_marks = tuple(sorted(tokenizer.get_added_vocab(), key=len, reverse=True))
-            if self._appended:
-                self.notes[f"the chat template ends no turn; {self._appended} is put behind the last answer"] = None
         self._needs_call_ids: bool | None = None  # found out with the first tool call
 
     @property
@@ -140,7 +138,9 @@ class ChatTemplate:
         eos = self._tokenizer.eos_token_id
         found = ([ends[0]] if len(ends) == 1 else []) + ([] if eos is None else [int(eos)])
         if self._turn_marks:
-            asked = [{"role": role, "content": _mark(index)} for index, role in enumerate(("user", "assistant", "user"))]
+            asked = [
+                {"role": role, "content": _mark(index)} for index, role in enumerate(("user", "assistant", "user"))
+            ]
             opening = self.render(asked).partition(_mark(1))[2]
             mark = next((mark for mark in self._turn_marks if opening.startswith(mark)), None)
             found += [] if mark is None else [int(self._tokenizer.convert_tokens_to_ids(mark))]
@@ -237,6 +237,7 @@ class ChatTemplate:
     def _ended(self, text: str, messages: Sequence[Message], spans: list[Span]) -> tuple[str, list[Span]]:
         """Put an end behind the last answer where the template has none, and learn it."""
         if self._appended and messages[-1].role == "assistant":
+            self.notes[f"the chat template ends no turn; {self._appended} is put behind the last answer"] = None
             if messages[-1].learn:
                 spans[-1] = (spans[-1][0], len(text) + len(self._appended))
             return text + self._appended, spans
