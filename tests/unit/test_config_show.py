@@ -193,6 +193,7 @@ def test_the_file_has_every_field_with_its_comment():
         "data",
         "data.train",
         "data.train.0.columns",
+        "data.check",
         "train",
         "samples",
         "output",
