@@ -154,13 +154,13 @@ def reader(chosen: Format, columns: Columns | None, system: str | None, task: Ta
         system: system message for dialogues that have none.
         task: `pretrain` reads a dialogue whose only words are the assistant's as a text (XTuner's pre-training files).
     """
+    from fastft.data import preferences  # it reads the turns of its rows with what stands here
+
     if chosen == "columns":
         if columns is None:
             raise ConfigError("data: format columns needs `columns` with user and assistant")
         read: Reader = _ColumnsReader(columns, task)
     else:
-        from fastft.data import preferences
-
         by_name: dict[str, Reader] = {
             "alpaca": read_alpaca,
             "sharegpt": read_sharegpt,
