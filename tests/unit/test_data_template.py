@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastft.data import formats, sources
 from fastft.data.dialogue import Message
 from fastft.data.formats import BadRowError
 from fastft.data.template import ChatTemplate
@@ -332,6 +333,44 @@ def test_several_calls_with_words_before_them(tokenizer: Any, shared_data: Path,
             'Let me see.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n<tool_call>\n'
             '{"name": "mul", "arguments": {"a": 2}}\n</tool_call><|im_end|>'
         )
+
+
+@pytest.mark.parametrize("name", ["trl/qwen2_5.jinja", "trl/qwen3.jinja", "trl/llama3_1.jinja", NEMO])
+def test_real_tool_calls(tokenizer: Any, shared_data: Path, name: str) -> None:
+    """Glaive's dialogues: ids are transformers', every turn of the assistant is learned from its start to its end."""
+    template = with_template(tokenizer, shared_data, name)
+    rows = list(sources.rows(shared_data / "instruction/toolcall/glaive_toolcall_en_demo.json"))[:40]
+    end = {"trl/llama3_1.jinja": "<|eot_id|>", NEMO: tokenizer.eos_token}.get(name, "<|im_end|>")
+    calls = 0
+    for row in rows:
+        item = formats.read_sharegpt(row.value, row.where)
+        dicts, given = with_calls(item.messages), 0
+        for plain in dicts:
+            if name != NEMO:
+                continue
+            if "tool_calls" in plain:
+                plain["tool_calls"] = [
+                    {**one, "id": f"call{given + n:05d}"} for n, one in enumerate(plain["tool_calls"])
+                ]
+                given += len(plain["tool_calls"])
+            if plain["role"] == "tool":
+                plain["tool_call_id"] = f"call{given - 1:05d}"
+        ids, _ = template.encode(item.messages, item.tools)
+        tools = list(item.tools) or None
+        assert ids.tolist() == tokenizer.apply_chat_template(dicts, tools=tools, return_dict=False)
+        text, spans = template.learned_spans(item.messages, item.tools)
+        answers = [message for message in item.messages if message.role == "assistant"]
+        assert len(spans) == len(answers)
+        for (start, stop), message in zip(spans, answers, strict=True):
+            said_there = text[start:stop]
+            assert said_there.endswith(end)
+            assert said_there.count(end) == 1
+            assert text[:start].endswith(("assistant\n", "<|end_header_id|>\n\n", "[/INST]", "[/TOOL_RESULTS]"))
+            assert message.content.strip() in said_there
+            calls += len(message.tool_calls)
+            for one in message.tool_calls:
+                assert one["function"]["name"] in said_there
+    assert calls == sum(turn["from"] == "function_call" for row in rows for turn in row.value["conversations"]) > 20
 
 
 @pytest.mark.parametrize("name", ["trl/gemma.jinja", "trl/phi3.jinja", "trl/llama3.jinja"])
