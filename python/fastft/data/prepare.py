@@ -17,7 +17,7 @@ import numpy as np
 
 from fastft import console
 from fastft.config.schema import Data, Format, Source, Task
-from fastft.data import cache, formats, sources
+from fastft.data import byte_level, cache, formats, sources
 from fastft.data.dialogue import Dialogue, Judged, Pair, Text, Where
 from fastft.data.formats import BadRowError, Item
 from fastft.data.mixing import repeated
@@ -258,6 +258,7 @@ class Encoder:
         self.cache = data.cache
         self.template: ChatTemplate | None = None
         self._fallback = chat_template
+        self._byte_level = byte_level.of(tokenizer)
         self._identity: dict[str, Any] | None = None
 
     def identity(self) -> Mapping[str, Any]:
@@ -324,27 +325,39 @@ class Encoder:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise DataError("data: the tokenizer has no eos token, which marks the end of a text in task pretrain")
+        encoded = []
+        for ids in self._ids_of([text.text for text in texts]):
+            whole = np.asarray(ids if ids[-1:] == [eos] else [*ids, eos], dtype=np.int32)
+            encoded.append(Encoded(whole, np.ones(len(whole), dtype=np.bool_)))
+        return encoded
+
+    def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts with what the tokenizer adds to each by itself."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        encodings = backend.encode_batch_fast([text.text for text in texts], add_special_tokens=True)
-        encoded = []
-        for encoding in encodings:
-            ids = encoding.ids
-            ids = np.asarray(ids if ids[-1:] == [eos] else [*ids, eos], dtype=np.int32)
-            encoded.append(Encoded(ids, np.ones(len(ids), dtype=np.bool_)))
-        return encoded
+        if self._byte_level is None:
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+        found, others = self._byte_level.encode(texts, [()] * len(texts))
+        plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+        start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        before, after = whole[:start], whole[start + len(plain) :]
+        ids = [[*before, *part.tolist(), *after] for part, _ in found]
+        for index in others:
+            ids[index] = backend.encode(texts[index], add_special_tokens=True).ids
+        return ids
 
     def _encode(self, dialogues: Sequence[Dialogue]) -> Iterator[Encoded | BadRowError]:
         """Tokens of each dialogue, or why there are none."""
         if not dialogues:
             return
         if self.template is None:
-            self.template = ChatTemplate(self.tokenizer, self._fallback)
+            self.template = ChatTemplate(self.tokenizer, self._fallback, self._byte_level)
         rendered: list[tuple[str, list[Span]] | BadRowError] = []
-        for dialogue in dialogues:
+        texts = self.template.render_all(dialogues)
+        for dialogue, text in zip(dialogues, texts, strict=True):
             try:
-                rendered.append(self.template.learned_spans(dialogue.messages, dialogue.tools))
+                rendered.append(self.template.learned_spans(dialogue.messages, dialogue.tools, text))
             except BadRowError as error:
                 rendered.append(error)
         good = [found for found in rendered if not isinstance(found, BadRowError)]
@@ -432,7 +445,7 @@ def _documents(source: Source, place: Located, encoder: Encoder) -> tuple[Docume
         report.notes = [] if encoder.template is None else list(encoder.template.notes)
         return report
 
-    entry = cache.entry(encoder.cache, source, place.files, encoder.identity())
+    entry = cache.entry(encoder.cache, source, place.files, encoder.identity)
     if entry is None:
         with Store() as collected:
             report = make(collected)
