@@ -149,8 +149,8 @@ class ByteLevel:
         pattern: gpt2, qwen2 or llama3: how a text is cut into pieces.
         first: content and id of the added tokens that are looked for first.
         then: those looked for in what is left.
-        shapes: of each token by id its bytes of text, and how many bytes of white space at its start and its end are not
-            counted as part of it.
+        shapes: three u16 for each token by id: its bytes of text, and how many bytes of white space at its start and its
+            end are not counted as part of it.
     """
 
     def __new__(
@@ -158,7 +158,7 @@ class ByteLevel:
         pattern: str,
         first: Sequence[tuple[str, int]],
         then: Sequence[tuple[str, int]],
-        shapes: Sequence[tuple[int, int, int]],
+        shapes: bytes,
     ) -> ByteLevel: ...
     def learn_block(self, block: int, classes: bytes) -> None:
         """Learn the classes of 4,096 characters: 1 is a letter, 2 a number, 3 white space, 0 something else."""

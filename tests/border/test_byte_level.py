@@ -4,7 +4,8 @@ import pytest
 
 from fastft import _native
 
-SHAPES = [(1, 0, 0)] * 256 + [(3, 0, 0)]
+# Bytes of text, white space at the start and at the end, u16 each: 256 bytes and one added token.
+SHAPES = bytes([1, 0, 0, 0, 0, 0]) * 256 + bytes([3, 0, 0, 0, 0, 0])
 CLASSES = bytes(1 if chr(code).isalpha() else 3 if chr(code).isspace() else 0 for code in range(4096))
 
 
@@ -39,7 +40,9 @@ def test_unknown_characters_are_asked_for() -> None:
 def test_mistakes_are_value_errors() -> None:
     tokenizer = core()
     with pytest.raises(ValueError, match="pattern other"):
-        _native.ByteLevel("other", [], [], [])
+        _native.ByteLevel("other", [], [], b"")
+    with pytest.raises(ValueError, match="and 2 bytes more"):
+        _native.ByteLevel("gpt2", [], [], SHAPES[:8])
     with pytest.raises(ValueError, match="1 texts with 0 lists"):
         tokenizer.scan(["a"], [], 1)
     for span in ((0, 2), (1, 0)):

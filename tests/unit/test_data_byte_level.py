@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastft import _native
+from fastft.config.schema import Data
 from fastft.data import byte_level
 from fastft.data.dialogue import Message
+from fastft.data.prepare import prepare
 from fastft.data.template import ChatTemplate, _mask
 from fastft.errors import DataError
 
@@ -174,10 +176,10 @@ def test_dialogues_are_the_same_on_both_roads(real_tokenizers: dict[str, Any], s
         Message("assistant", "e\u0301", learn=True),  # not normalized: the library's road
     ]
     dialogues = [messages[:2], messages]
-    plain, fast = ChatTemplate(tokenizer), ChatTemplate(tokenizer, fast=byte_level.of(tokenizer))
+    plain, fast = ChatTemplate(tokenizer), byte_level.of(tokenizer)
     rendered = [plain.learned_spans(dialogue) for dialogue in dialogues]
     texts, spans = [text for text, _ in rendered], [found for _, found in rendered]
-    for ours, theirs in zip(fast.encode_batch(texts, spans), plain.encode_batch(texts, spans), strict=True):
+    for ours, theirs in zip(plain.encode_batch(texts, spans, fast), plain.encode_batch(texts, spans), strict=True):
         assert ours.ids.tolist() == theirs.ids.tolist()
         assert ours.learned.tolist() == theirs.learned.tolist()
 
@@ -217,7 +219,7 @@ def test_other_tokens_than_the_librarys_are_an_error(real_tokenizers: dict[str, 
     tokenizer = real_tokenizers["gpt2"]
     fast = byte_level.of(tokenizer)
     assert fast is not None
-    fast._core = _native.ByteLevel("qwen2", [], [], [(1, 0, 0)] * len(tokenizer))
+    fast._core = _native.ByteLevel("qwen2", [], [], bytes(6) * len(tokenizer))
     with pytest.raises(DataError, match=r"gives other tokens .* FASTFT_BYTE_LEVEL=off"):
         fast.encode(["12345 12345"], [[]])
 
@@ -237,3 +239,22 @@ def test_the_number_of_threads_changes_nothing(
         assert fast is not None
         found.append([ids.tolist() for ids, _ in fast.encode(texts, [()] * len(texts))[0]])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("task", ["sft", "pretrain"])
+def test_a_data_set_is_the_same_on_both_roads(
+    byte_tokenizer: Any, tmp_path: Path, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"instruction": f"q{n} \u4f60", "output": f" answer{n}'s <e> "} for n in range(400)]
+    if task == "pretrain":
+        rows = [{"text": row["output"]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = Data.model_validate({"train": [{"source": str(path)}], "max_length": 128})
+    asked: list[Any] = []
+    of = byte_level.of
+    monkeypatch.setattr(byte_level, "of", lambda tokenizer: asked.append(of(tokenizer)) or asked[-1])
+    fast = list(prepare(data, task, byte_tokenizer, seed=0).train)
+    monkeypatch.setenv("FASTFT_BYTE_LEVEL", "off")
+    assert list(prepare(data, task, byte_tokenizer, seed=0).train) == fast
+    assert [isinstance(found, byte_level.ByteLevel) for found in asked] == [True, False]

@@ -193,23 +193,24 @@ def _trims(described: Any) -> bool | None:
     return None
 
 
-def _shapes(
-    vocabulary: dict[str, int], added: Sequence[tuple[str, int]], *, trims: bool
-) -> list[tuple[int, int, int]] | None:
-    """Bytes, white space at the start and white space at the end of each token, by id; None if they do not fit."""
-    blank = _signs()[ord(" ")]
-    size = max([*vocabulary.values(), *(number for _, number in added)], default=-1) + 1
-    shapes = [(0, 0, 0)] * size
-    for token, number in vocabulary.items():
-        if not trims or (token[0] != blank and token[-1] != blank):
-            shapes[number] = (len(token), 0, 0)
-            continue
-        shapes[number] = (len(token), len(token) - len(token.lstrip(blank)), len(token) - len(token.rstrip(blank)))
+def _shapes(vocabulary: dict[str, int], added: Sequence[tuple[str, int]], *, trims: bool) -> bytes | None:
+    """Bytes, white space at the start and white space at the end of each token by id, u16 [tokens, 3]; None if too long."""
+    tokens = list(vocabulary)
+    numbers = np.fromiter(vocabulary.values(), dtype=np.int64, count=len(tokens))
+    size = max([int(numbers.max(initial=-1)), *(number for _, number in added)]) + 1
+    shapes = np.zeros((size, 3), dtype=np.int64)
+    # Each sign of a token in the vocabulary stands for a byte.
+    shapes[numbers, 0] = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+    if trims:
+        blank = _signs()[ord(" ")]
+        for token, number in vocabulary.items():
+            if token[0] == blank or token[-1] == blank:
+                shapes[number, 1:] = len(token) - len(token.lstrip(blank)), len(token) - len(token.rstrip(blank))
     for content, number in added:
         num_bytes = len(content.encode())
         lead, trail = num_bytes - len(content.lstrip().encode()), num_bytes - len(content.rstrip().encode())
         shapes[number] = (num_bytes, lead, trail) if trims else (num_bytes, 0, 0)
-    return shapes if all(max(shape) <= LONGEST_SHAPE for shape in shapes) else None
+    return shapes.astype("<u2").tobytes() if shapes.max(initial=0) <= LONGEST_SHAPE else None
 
 
 @cache

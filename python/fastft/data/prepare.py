@@ -43,6 +43,8 @@ from fastft.errors import DataError
 ROWS_TO_RECOGNISE = 20
 # Rows tokenised in one call: enough to keep all cores busy, few enough for the memory to stay flat.
 BATCH_ROWS = 512
+# Rows of a batch from which on the tokenizer's fast road is worth being made.
+FEWEST_FAST_ROWS = 256
 # Files of a source whose first rows are tried before anything else is read.
 FILES_TO_TRY = 100
 # An odd number whose multiples spread over 64 bits (2**64 divided by the golden ratio), to join two digests.
@@ -258,7 +260,8 @@ class Encoder:
         self.cache = data.cache
         self.template: ChatTemplate | None = None
         self._fallback = chat_template
-        self._byte_level = byte_level.of(tokenizer)
+        self._fast: byte_level.ByteLevel | None = None
+        self._asked_for_fast = False
         self._identity: dict[str, Any] | None = None
 
     def identity(self) -> Mapping[str, Any]:
@@ -318,6 +321,12 @@ class Encoder:
                 self._cut(waiting, dialogue.where, collected, report)
             waiting, refused = [], None
 
+    def _fast_road(self, num_texts: int) -> byte_level.ByteLevel | None:
+        """The tokenizer's fast road; it takes 0.2 s to be made, so a small data set does without."""
+        if not self._asked_for_fast and num_texts >= FEWEST_FAST_ROWS:
+            self._fast, self._asked_for_fast = byte_level.of(self.tokenizer), True
+        return self._fast
+
     def _texts(self, texts: Sequence[Text]) -> list[Encoded]:
         """Tokens of documents: what the tokenizer adds by itself (bos), and eos at the end of each."""
         if not texts:
@@ -336,9 +345,10 @@ class Encoder:
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        if self._byte_level is None:
+        fast = self._fast_road(len(texts))
+        if fast is None:
             return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=True)]
-        found, others = self._byte_level.encode(texts, [()] * len(texts))
+        found, others = fast.encode(texts, [()] * len(texts))
         plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         before, after = whole[:start], whole[start + len(plain) :]
@@ -352,7 +362,7 @@ class Encoder:
         if not dialogues:
             return
         if self.template is None:
-            self.template = ChatTemplate(self.tokenizer, self._fallback, self._byte_level)
+            self.template = ChatTemplate(self.tokenizer, self._fallback)
         rendered: list[tuple[str, list[Span]] | BadRowError] = []
         texts = self.template.render_all(dialogues)
         for dialogue, text in zip(dialogues, texts, strict=True):
@@ -361,7 +371,8 @@ class Encoder:
             except BadRowError as error:
                 rendered.append(error)
         good = [found for found in rendered if not isinstance(found, BadRowError)]
-        encoded = iter(self.template.encode_batch([text for text, _ in good], [spans for _, spans in good]))
+        fast = self._fast_road(len(good))
+        encoded = iter(self.template.encode_batch([text for text, _ in good], [spans for _, spans in good], fast))
         for found in rendered:
             yield found if isinstance(found, BadRowError) else next(encoded)
 

@@ -76,13 +76,12 @@ class ChatTemplate:
     Args:
         tokenizer: a fast tokenizer of transformers.
         fallback: text of the template for a tokenizer that has none; the tokenizer's own always wins.
-        fast: the tokenizer's fast road, for whoever encodes many dialogues.
 
     Raises:
         DataError: no template at all, a slow tokenizer, or a template that does not even take one question and answer.
     """
 
-    def __init__(self, tokenizer: Any, fallback: str | None = None, fast: ByteLevel | None = None) -> None:
+    def __init__(self, tokenizer: Any, fallback: str | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"chat template: the tokenizer {type(tokenizer).__name__} gives no character offsets; a tokenizer with "
@@ -99,7 +98,6 @@ class ChatTemplate:
                 "task: pretrain"
             )
         self._tokenizer = tokenizer
-        self._byte_level = fast
         # What is used, and what belongs into the adapter's folder.
         self.text: str = text
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
@@ -165,16 +163,24 @@ class ChatTemplate:
         backend = self._backend()
         return list(backend.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
-        """Tokens of rendered texts; `spans` are the learned stretches of each in characters, sorted and disjoint."""
-        if self._byte_level is None:
+    def encode_batch(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], fast: ByteLevel | None = None
+    ) -> list[Encoded]:
+        """Tokens of rendered texts.
+
+        Args:
+            texts: as `learned_spans` gives them.
+            spans: the learned stretches of each in characters, sorted and disjoint.
+            fast: the tokenizer's fast road, for whoever encodes many dialogues.
+        """
+        if fast is None:
             return self._encode_plainly(texts, spans)
-        fast, others = self._byte_level.encode(texts, spans)
-        encoded = [Encoded(ids, learned) for ids, learned in fast]
+        found, others = fast.encode(texts, spans)
+        encoded = [Encoded(ids, learned) for ids, learned in found]
         if others:
             plain = self._encode_plainly([texts[index] for index in others], [spans[index] for index in others])
-            for index, found in zip(others, plain, strict=True):
-                encoded[index] = found
+            for index, other in zip(others, plain, strict=True):
+                encoded[index] = other
         return encoded
 
     def _encode_plainly(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:

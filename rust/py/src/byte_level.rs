@@ -10,6 +10,9 @@ use pyo3::types::PyBytes;
 
 use crate::gate::without_gil;
 
+/// Bytes of a token's shape: three u16.
+const SHAPE_BYTES: usize = 6;
+
 /// A tokenizer that remembers the tokens of pieces.
 #[pyclass(frozen, module = "fastft._native")]
 pub struct ByteLevel {
@@ -29,20 +32,23 @@ fn wrong(text: String) -> PyErr {
 #[pymethods]
 impl ByteLevel {
     #[new]
-    fn new(
-        pattern: &str,
-        first: Vec<(String, u32)>,
-        then: Vec<(String, u32)>,
-        shapes: Vec<(u16, u16, u16)>,
-    ) -> PyResult<Self> {
+    fn new(pattern: &str, first: Vec<(String, u32)>, then: Vec<(String, u32)>, shapes: &[u8]) -> PyResult<Self> {
         let pattern = match pattern {
             "gpt2" => Pattern::Gpt2,
             "qwen2" => Pattern::Qwen2,
             "llama3" => Pattern::Llama3,
             other => return Err(wrong(format!("pattern {other}; there are gpt2, qwen2, llama3"))),
         };
-        let shapes = shapes.into_iter().map(|(bytes, lead, trail)| Shape { bytes, lead, trail }).collect();
-        let tokenizer = Tokenizer::new(pattern, Added::new(first), Added::new(then), shapes);
+        let (shapes, rest) = shapes.as_chunks::<SHAPE_BYTES>();
+        if !rest.is_empty() {
+            return Err(wrong(format!("shapes of {SHAPE_BYTES} bytes each, and {} bytes more", rest.len())));
+        }
+        let shapes = shapes.iter().map(|&[a, b, c, d, e, f]| Shape {
+            bytes: u16::from_le_bytes([a, b]),
+            lead: u16::from_le_bytes([c, d]),
+            trail: u16::from_le_bytes([e, f]),
+        });
+        let tokenizer = Tokenizer::new(pattern, Added::new(first), Added::new(then), shapes.collect());
         Ok(Self { tokenizer: Mutex::new(tokenizer) })
     }
 
