@@ -196,6 +196,7 @@ def test_the_file_has_every_field_with_its_comment():
         "train",
         "samples",
         "output",
+        "distributed",
     }
     assert max(map(len, text.splitlines())) < 200
 

@@ -190,6 +190,26 @@ class Output(Section):
     keep: Positive = Field(2, description="newest checkpoints that stay")
 
 
+class Distributed(Section):
+    """How several processes share the work; without either each holds the whole model (DDP)."""
+
+    fsdp: bool = Field(
+        False, description="FSDP2: weights, gradients and optimizer states are shared out among the processes (--fsdp)"
+    )
+    deepspeed: str | None = Field(
+        None,
+        description=(
+            "zero1, zero2, zero3, zero2_offload, zero3_offload (configs/deepspeed), or DeepSpeed's json file (--deepspeed)"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.fsdp and self.deepspeed is not None:
+            raise ValueError("`fsdp` and `deepspeed` are two ways to share the same weights; set one")
+        return self
+
+
 class Config(Section):
     """A whole run: what `train` needs."""
 
@@ -203,6 +223,7 @@ class Config(Section):
     train: Train = Field(default_factory=Train, description="how it is learned")
     samples: Samples = Field(default_factory=Samples, description="prompts answered along the way")
     output: Output = Field(default_factory=Output, description="what is written, and where")
+    distributed: Distributed = Field(default_factory=Distributed, description="how several processes share the work")
 
 
 def leaves(section: type[Section] = Config, prefix: str = "") -> list[str]:

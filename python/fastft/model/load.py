@@ -148,7 +148,12 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
             settings["quantization_config"] = quantization.settings(config.method.quantization, on)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
-        model = _read(base, model_config, dtype, settings, torch.device(on))
+        shared = config.distributed.fsdp or config.distributed.deepspeed is not None
+        # A model that is shared out afterwards need not fit on the device; a 4-bit one is packed there.
+        first = (
+            on if "quantization_config" in settings or stored_4bit is not None or not shared else torch.device("cpu")
+        )
+        model = _read(base, model_config, dtype, settings, first)
     _check_vocabulary(model, tokenizer, base)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
