@@ -88,6 +88,11 @@ def arguments(config: schema.Config, run_dir: Path, steps: int, products: torch.
     return made
 
 
+def state_name(rank: int, processes: int) -> str:
+    """The file of a process's own state in a checkpoint."""
+    return "rng_state.pth" if processes == 1 else f"rng_state_{rank}.pth"
+
+
 def shares_weights(config: schema.Config) -> bool:
     """Whether each process holds only a part of each weight, so that all must take part in using them."""
     wanted = config.distributed
@@ -235,7 +240,7 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the Trainer's names
         """Write a whole checkpoint or none; only the main process writes, the others send what is theirs."""
-        states = self._random_states()
+        states = self._states()
         run_dir, step = Path(self.args.output_dir), self.state.global_step
         if self.config.distributed.deepspeed is not None:
             self._save_deepspeed(run_dir, step, states)
@@ -293,30 +298,60 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         save_model(self.model, self.tokenizer, folder, weights)
         self._save_scaler(str(folder))
         for rank, state in enumerate(states):
-            name = "rng_state.pth" if len(states) == 1 else f"rng_state_{rank}.pth"
-            torch.save(state, folder / name)
+            torch.save(state, folder / state_name(rank, len(states)))
         self.state.save_to_json(str(folder / "trainer_state.json"))
         self.extra_files(folder)
 
-    def _random_states(self) -> list[Any]:
-        """The random number states of all processes, in the form that Trainer reads back."""
+    def _states(self) -> list[dict[str, Any]]:
+        """What each process alone knows and a resumed run needs; all take part.
+
+        Random numbers of Python, numpy, the CPU and this process's device; the sum of the losses since the last line
+        of metrics.jsonl.
+        """
         import random
 
         import numpy as np
 
+        numpy_state: Any = np.random.get_state()  # noqa: NPY002 - the global state is what libraries draw from
+        name, keys, *rest = numpy_state
         own: dict[str, Any] = {
             "python": random.getstate(),
-            "numpy": np.random.get_state(),  # noqa: NPY002 - the global state is what libraries draw from
+            "numpy": (name, keys.tolist(), *rest),
             "cpu": torch.random.get_rng_state(),
+            "loss_sum": self._tr_loss.item(),
+            "logged": self._globalstep_last_logged,
         }
-        if torch.cuda.is_available():
-            many = self.args.world_size > 1
-            own["cuda"] = torch.cuda.random.get_rng_state_all() if many else torch.cuda.random.get_rng_state()
+        if self.args.device.type != "cpu":
+            own["device"] = torch.get_device_module(self.args.device).get_rng_state(self.args.device)
         if self.args.world_size == 1:
             return [own]
         gathered: list[Any] = [None] * self.args.world_size
         torch.distributed.all_gather_object(gathered, own)
         return gathered
+
+    def _own_state(self, folder: Path) -> dict[str, Any]:
+        """This process's part of `_states` in a checkpoint."""
+        path = folder / state_name(self.args.process_index, self.args.world_size)
+        if not path.is_file():
+            raise TrainingError(f"--resume {folder}: {path.name} is missing; was it made by so many processes?")
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        return state
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        import random
+
+        import numpy as np
+
+        if checkpoint is None:  # called before the first step of a session
+            return
+        state = self._own_state(Path(checkpoint))
+        self._tr_loss = torch.tensor(state["loss_sum"], device=self.args.device)
+        self._globalstep_last_logged: int = state["logged"]
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
+        torch.random.set_rng_state(state["cpu"])
+        if "device" in state:
+            torch.get_device_module(self.args.device).set_rng_state(state["device"], self.args.device)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights stand in a file once; anything else that is missing would be lost in silence."""
