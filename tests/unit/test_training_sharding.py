@@ -22,6 +22,14 @@ def test_one_process_shares_nothing(tmp_path: Path) -> None:
     sharding.check(_config(tmp_path, distributed__fsdp=True), processes=2)
 
 
+@pytest.mark.parametrize("way", [{"distributed__fsdp": True}, {"distributed__deepspeed": "zero2"}])
+def test_a_table_in_ram_is_not_shared_out(way: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"memory\.embedding: host keeps a whole table in every process"):
+        _config(tmp_path, memory__embedding="host", **way)
+    with pytest.raises(ValueError, match=r"memory\.head: nf4 keeps a whole table"):
+        _config(tmp_path, memory__head="nf4", **way)
+
+
 def test_it_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
     """Neither the model nor the rows exist."""
     for changes in ({"distributed__fsdp": True}, {"distributed__deepspeed": "zero9"}):

@@ -174,6 +174,45 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="of order, dropout and new weights")
 
 
+class Memory(Section):
+    """What lies where on the way through a step; auto is said at the start of the run."""
+
+    checkpoints: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description=(
+            "where the inputs of recomputed layers wait for the backward pass; host: pinned RAM, copied beside the "
+            "computation, and layers are then recomputed on every device; auto: device. Exact"
+        ),
+    )
+    embedding: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description=(
+            "where a frozen embedding table lies; host: RAM, and only a batch's rows come to the device; auto: device. Exact"
+        ),
+    )
+    head: Literal["auto", "device", "host", "nf4"] = Field(
+        "auto",
+        description=(
+            "where a frozen head lies; host: pinned RAM, read over PCIe once a step by tiles of the vocabulary, exact; nf4: "
+            "on the device in 4 bits, not exact; auto: device"
+        ),
+    )
+    mlp_tile_tokens: Positive | Literal["auto", "whole"] = Field(
+        "auto",
+        description=(
+            "tokens that an MLP computes at once; fewer take less memory, and unpack 4-bit weights more often; auto: whole. "
+            "Exact; dropout draws other numbers"
+        ),
+    )
+    lora: Literal["auto", "plain", "fused"] = Field(
+        "auto",
+        description=(
+            "fused: a layer and its adapter as one operation, without copies of inputs and outputs; plain: peft's; auto: "
+            "fused on a GPU. Exact up to rounding"
+        ),
+    )
+
+
 class Samples(Section):
     """Prompts answered before, during and after the training, to see what it learns."""
 
@@ -203,6 +242,11 @@ class Distributed(Section):
         ),
     )
 
+    @property
+    def shares(self) -> bool:
+        """Whether the processes share weights or states, instead of each holding all."""
+        return self.fsdp or self.deepspeed is not None
+
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.fsdp and self.deepspeed is not None:
@@ -221,9 +265,33 @@ class Config(Section):
     method: Method = Field(description="what is trained")
     data: Data = Field(description="what is learned from")
     train: Train = Field(default_factory=Train, description="how it is learned")
+    memory: Memory = Field(default_factory=Memory, description="what lies where on the way through a step")
     samples: Samples = Field(default_factory=Samples, description="prompts answered along the way")
     output: Output = Field(default_factory=Output, description="what is written, and where")
     distributed: Distributed = Field(default_factory=Distributed, description="how several processes share the work")
+
+    @model_validator(mode="after")
+    def _memory_fits(self) -> Self:
+        memory = self.memory
+        if memory.checkpoints == "host" and self.train.gradient_checkpointing is False:
+            raise ValueError(
+                "memory.checkpoints: host keeps the inputs of recomputed layers, and train.gradient_checkpointing: false "
+                "recomputes none; set one of them to auto"
+            )
+        if self.method.kind == "full":
+            for name, value in (("embedding", memory.embedding), ("head", memory.head), ("lora", memory.lora)):
+                if value in {"host", "nf4", "fused"}:
+                    raise ValueError(
+                        f"memory.{name}: {value} is for frozen weights with adapters; kind: full trains them all"
+                    )
+        if self.distributed.shares:
+            for name, value in (("embedding", memory.embedding), ("head", memory.head)):
+                if value in {"host", "nf4"}:
+                    raise ValueError(
+                        f"memory.{name}: {value} keeps a whole table in every process, which distributed shares out; "
+                        "set one of them"
+                    )
+        return self
 
 
 def leaves(section: type[Section] = Config, prefix: str = "") -> list[str]:

@@ -85,6 +85,8 @@ def _train_in_fp32(adapted: Any) -> None:
 def count_weights(model: "nn.Module") -> tuple[int, int]:
     """Number of trained weights and of all weights; a 4-bit weight counts as one."""
     trained = total = 0
+    for module in model.modules():
+        total += int(getattr(module, "num_weights", 0))  # held outside of parameters(): memory.embedding, memory.head
     for parameter in model.parameters():
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
         num = parameter.numel()

@@ -6,6 +6,7 @@ The order matters to a run, which checks its data (tokenizer needed) before it r
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from fastft import console
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
-from fastft.model import adapter, device, quantization, quiet
+from fastft.model import adapter, device, memory, placement, quantization, quiet
 from fastft.model.quantization import Quantized
 from fastft.model.tokenizer import load_tokenizer
 
@@ -55,6 +56,7 @@ class Loaded:
         base: where it lies.
         quantized: how a 4-bit base is held, None for a plain one.
         products: torch dtype to which fp32 weights are rounded in products; None: they are multiplied as they are.
+        memory: the memory switches that are in use.
     """
 
     model: Any
@@ -63,6 +65,7 @@ class Loaded:
     base: Base
     quantized: Quantized | None
     products: Any
+    memory: memory.Switches
 
 
 def locate(model: schema.Model) -> Base:
@@ -124,7 +127,6 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         CheckpointError: weights or config cannot be read, or the tokenizer knows more tokens than the model.
     """
     quiet.prepare_libraries()
-    import torch
 
     quiet.hide_loading_bars()
     on = device.choose()
@@ -148,12 +150,10 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
             settings["quantization_config"] = quantization.settings(config.method.quantization, on)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
-        shared = config.distributed.fsdp or config.distributed.deepspeed is not None
         # A model that is shared out afterwards need not fit on the device; a 4-bit one is packed there.
-        first = (
-            on if "quantization_config" in settings or stored_4bit is not None or not shared else torch.device("cpu")
-        )
-        model = _read(base, model_config, dtype, settings, first)
+        waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
+        places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on))
+        model = _read(base, model_config, dtype, settings, places)
     _check_vocabulary(model, tokenizer, base)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
@@ -162,7 +162,9 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if config.method.lora is not None:
         model = adapter.attach(model, config.method.lora, base.name)
     products = device.products_dtype(config.model.dtype, dtype, kind, on)
-    return Loaded(model, tokenizer, base.folder, base, quantized, products)
+    switches = memory.choose(config, memory.facts_of(model, on), on)
+    memory.install(model, switches, on)
+    return Loaded(model, tokenizer, base.folder, base, quantized, products, switches)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -210,14 +212,18 @@ def _draw(model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int)
     return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
 
 
-def _read(base: Base, model_config: Any, dtype: Any, settings: Mapping[str, Any], on: Any) -> Any:
+def _read(base: Base, model_config: Any, dtype: Any, settings: Mapping[str, Any], places: Mapping[str, str]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    place = {"device_map": {"": str(on)}} if "quantization_config" in settings or on.type == "cuda" else {}
+    place = {"device_map": dict(places)} if "quantization_config" in settings or places[""] != "cpu" else {}
+    several = len(places) > 1
+    if several:
+        quantization.allow_parts_in_ram(settings.get("quantization_config"), model_config)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            base.weights_folder, config=model_config, dtype=dtype, **place, **settings
-        )
+        with placement.without_offload_hooks() if several else nullcontext():
+            return AutoModelForCausalLM.from_pretrained(
+                base.weights_folder, config=model_config, dtype=dtype, **place, **settings
+            )
     except (OSError, ValueError, KeyError) as cause:
         raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
 

@@ -129,6 +129,8 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
         loaded = model_load.load_weights(config, prepared.base, prepared.tokenizer)
     about = record.describe(config, loaded, counts, steps)
     console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
+    if config.memory != schema.Memory() or device.choose().type == "cuda":
+        console.note(f"memory: {loaded.memory.line()}")
     if writes:
         _require_space(work_dir, loaded.model, config)
     loss, weights = _train(config, work_dir, loaded, prepared.data, about, found=found, writes=writes)

@@ -18,9 +18,10 @@ from transformers import Trainer, TrainingArguments
 from fastft import console
 from fastft.config import schema
 from fastft.errors import TrainingError
-from fastft.model import adapter
+from fastft.model import adapter, memory
 from fastft.training import checkpoint, deepspeed, loss, sharding
 from fastft.training.batches import EpochBatches, EpochLoader
+from fastft.training.host_checkpoints import HostCheckpoints
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -141,7 +142,7 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         # Packed documents are told apart only without a cache (spec training.md 2).
         causal_lm.config.use_cache = False
-        _set_checkpointing(causal_lm, config.train.gradient_checkpointing, args.device)
+        _set_checkpointing(causal_lm, memory.checkpoints(config, args.device))
         loss.install(causal_lm)
         if config.distributed.fsdp:
             sharding.shard(model, args.device)
@@ -422,13 +423,17 @@ def _millions(number: int) -> str:
     return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
-def _set_checkpointing(causal_lm: Any, wanted: bool | str, on: torch.device) -> None:
-    if wanted == "auto":
-        wanted = on.type == "cuda"
-    if not wanted:
+def _set_checkpointing(causal_lm: Any, where: str) -> None:
+    """Recompute layers; `where` their inputs wait is none, device or host."""
+    if where == "none":
         return
     kwargs = {"use_reentrant": False}
     if hasattr(causal_lm, "activation_checkpointing_enable"):  # transformers >= 5.23 renamed it
         causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if where == "host":
+        keeper = HostCheckpoints()
+        for module in causal_lm.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = keeper  # noqa: SLF001 - transformers' own place for it
