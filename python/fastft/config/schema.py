@@ -291,6 +291,31 @@ class Output(Section):
     keep: Positive = Field(2, description="newest checkpoints that stay")
 
 
+class Distributed(Section):
+    """How several processes share the work; without either each holds the whole model (DDP)."""
+
+    fsdp: bool = Field(
+        False, description="FSDP2: weights, gradients and optimizer states are shared out among the processes (--fsdp)"
+    )
+    deepspeed: str | None = Field(
+        None,
+        description=(
+            "zero1, zero2, zero3, zero2_offload, zero3_offload (configs/deepspeed), or DeepSpeed's json file (--deepspeed)"
+        ),
+    )
+
+    @property
+    def shares(self) -> bool:
+        """Whether the processes share weights or states, instead of each holding all."""
+        return self.fsdp or self.deepspeed is not None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.fsdp and self.deepspeed is not None:
+            raise ValueError("`fsdp` and `deepspeed` are two ways to share the same weights; set one")
+        return self
+
+
 class Config(Section):
     """A whole run: what `train` needs."""
 
@@ -309,6 +334,7 @@ class Config(Section):
     memory: Memory = Field(default_factory=Memory, description="what lies where on the way through a step")
     samples: Samples = Field(default_factory=Samples, description="prompts answered along the way")
     output: Output = Field(default_factory=Output, description="what is written, and where")
+    distributed: Distributed = Field(default_factory=Distributed, description="how several processes share the work")
 
     @model_validator(mode="after")
     def _memory_fits(self) -> Self:
@@ -323,6 +349,13 @@ class Config(Section):
                 if value in {"host", "nf4", "fused"}:
                     raise ValueError(
                         f"memory.{name}: {value} is for frozen weights with adapters; kind: full trains them all"
+                    )
+        if self.distributed.shares:
+            for name, value in (("embedding", memory.embedding), ("head", memory.head)):
+                if value in {"host", "nf4"}:
+                    raise ValueError(
+                        f"memory.{name}: {value} keeps a whole table in every process, which distributed shares out; "
+                        "set one of them"
                     )
         return self
 

@@ -150,7 +150,9 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
             settings["quantization_config"] = quantization.settings(config.method.quantization, on)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
-        places = placement.device_map(config.memory, model_config, str(on))
+        # A model that is shared out afterwards need not fit on the device; a 4-bit one is packed there.
+        waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
+        places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on))
         model = _read(base, model_config, dtype, settings, places)
     _check_vocabulary(model, tokenizer, base)
     quantized = None

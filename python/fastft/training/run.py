@@ -4,7 +4,6 @@ What can be refused is refused in that order, cheapest first, so that nobody wai
 a wrong path. `run` is the door for `fastft train`; `dry_run` does everything up to the weights.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -52,12 +51,18 @@ class Prepared:
     data: Any
 
 
-def dry_run(config: schema.Config, *, work_dir: Path) -> None:
+def dry_run(config: schema.Config, *, work_dir: Path, processes: int = 1) -> None:
     """Check folder, config and data of a run and show a sample; no weights are read and no step is made.
+
+    Args:
+        config: the whole run.
+        work_dir: the run folder; not made.
+        processes: that would train together.
 
     Raises:
         FastftError: whatever would stop the run before its first step.
     """
+    _check_distributed(config, processes)
     folder.prepare(work_dir, resume=True)
     if not any(work_dir.iterdir()):
         work_dir.rmdir()
@@ -65,8 +70,9 @@ def dry_run(config: schema.Config, *, work_dir: Path) -> None:
     prepared = _prepare(config)
     from fastft.training import trainer
 
-    steps = trainer.total_steps(config.train, len(prepared.data.train))
-    console.note(f"dry run: {steps} steps would be made in {work_dir}; nothing was trained")
+    steps = trainer.total_steps(config.train, len(prepared.data.train), processes)
+    by = f" by {processes} processes" if processes > 1 else ""
+    console.note(f"dry run: {steps} steps would be made in {work_dir}{by}; nothing was trained")
 
 
 def run(config: schema.Config, *, work_dir: Path, resume: str | None = None) -> RunResult:
@@ -85,7 +91,8 @@ def run(config: schema.Config, *, work_dir: Path, resume: str | None = None) -> 
         SystemExit: 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint written.
     """
     started = time.monotonic()
-    writes = int(os.environ.get("RANK", "0")) == 0
+    _check_distributed(config, launch.num_processes())
+    writes = launch.rank() == 0
     if writes:
         folder.prepare(work_dir, resume=resume is not None)
     quieted = nullcontext() if writes else console.silenced()
@@ -124,12 +131,13 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
     if config.memory != schema.Memory() or device.choose().type == "cuda":
         console.note(f"memory: {loaded.memory.line()}")
-    _require_space(work_dir, loaded.model, config)
-    loss = _train(config, work_dir, loaded, prepared.data, about, found=found, writes=writes)
+    if writes:
+        _require_space(work_dir, loaded.model, config)
+    loss, weights = _train(config, work_dir, loaded, prepared.data, about, found=found, writes=writes)
 
     artifact = work_dir / ("model" if config.method.kind == "full" else "adapter")
     if writes:
-        _write_result(artifact, work_dir, loaded, about)
+        _write_result(artifact, work_dir, loaded, about, weights)
         lines = metrics.read(work_dir / "metrics.jsonl")
         report.plot(work_dir / "loss.png", lines, f"{config.name}: {config.method.kind}, {steps} steps")
         loss = next((line["loss"] for line in reversed(lines) if "loss" in line), loss)
@@ -137,6 +145,18 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     console.note(f"done: {steps} steps in {seconds:.0f} s, loss {loss:.4f}")
     console.note(f"result: {artifact}\nplot:   {work_dir / 'loss.png'}")
     return RunResult(work_dir, artifact, loss, steps, seconds)
+
+
+def _check_distributed(config: schema.Config, processes: int) -> None:
+    wanted = config.distributed
+    if wanted.deepspeed is not None:
+        from fastft.training import deepspeed
+
+        deepspeed.settings(config)
+    if wanted.fsdp:
+        from fastft.training import sharding
+
+        sharding.check(config, processes)
 
 
 def _prepare(config: schema.Config) -> Prepared:
@@ -174,8 +194,12 @@ def _train(
     *,
     found: Checkpoint | None,
     writes: bool,
-) -> float:
-    """Make the steps; returns the loss of the last one."""
+) -> tuple[float, Any]:
+    """Make the steps.
+
+    Returns:
+        the loss of the last one; and the state dict to write, in the first process of a sharded run, else None.
+    """
     import torch
 
     from fastft.chat import session
@@ -194,7 +218,12 @@ def _train(
         status = Status()
         metrics = Metrics(work_dir / "metrics.jsonl", advance if writes else None, status.read)
         answers = SampleAnswers(
-            work_dir / "samples.jsonl", talk, config.samples, config.train.sample_steps, speaks=writes
+            work_dir / "samples.jsonl",
+            talk,
+            config.samples,
+            config.train.sample_steps,
+            speaks=writes,
+            together=trainer.shares_weights(config),
         )
         has_eval = data.eval is not None and len(data.eval) > 0
         with _fits_on_gpu(config, status.where):
@@ -220,7 +249,9 @@ def _train(
         raise SystemExit(interrupt.exit_code)
     if not torch.isfinite(torch.tensor(float(output.training_loss))):
         raise TrainingError(f"the training ended with a loss of {output.training_loss}")
-    return float(output.training_loss)
+    if about["method"] == "full" and config.distributed.deepspeed is None:  # whose weights are 16-bit already
+        _in_dtype_of_base(loaded)
+    return float(output.training_loss), work.gathered_weights()
 
 
 class Status:
@@ -270,15 +301,15 @@ def _disk_named(work_dir: Path) -> Iterator[None]:
         ) from cause
 
 
-def _write_result(artifact: Path, work_dir: Path, loaded: model_load.Loaded, about: dict[str, Any]) -> None:
+def _write_result(
+    artifact: Path, work_dir: Path, loaded: model_load.Loaded, about: dict[str, Any], weights: Any
+) -> None:
     from fastft import publish
     from fastft.training import record, trainer
 
-    if about["method"] == "full":
-        _in_dtype_of_base(loaded)
     try:
         with publish.staged(artifact, force=True) as staging:
-            trainer.save_model(loaded.model, loaded.tokenizer, staging)
+            trainer.save_model(loaded.model, loaded.tokenizer, staging, weights)
             record.write(staging, about)
         record.write(work_dir, about)
     except OSError as cause:
@@ -293,14 +324,16 @@ def _write_result(artifact: Path, work_dir: Path, loaded: model_load.Loaded, abo
 def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
     """Round a model that was trained in fp32 to the dtype of the checkpoint it came from, as a merge does.
 
-    The training is over; its checkpoints hold the fp32 weights.
+    The training is over; its checkpoints hold the fp32 weights. All processes of a sharded run take part.
     """
     import torch
+
+    from fastft.training import sharding
 
     dtype = model_load.checkpoint_dtype(loaded.base)
     if loaded.model.dtype == dtype or not dtype.is_floating_point:
         return
-    largest = max(float(p.detach().abs().max()) for p in loaded.model.parameters() if p.numel())
+    largest = max(float(sharding.whole(p.detach().abs().max())) for p in loaded.model.parameters() if p.numel())
     if largest > torch.finfo(dtype).max:
         console.warn(
             f"result: a weight is {largest:g}, too large for the base's {device.short_name(dtype)}; kept as fp32"
