@@ -202,6 +202,7 @@ def test_the_file_has_every_field_with_its_comment():
         "data",
         "data.train",
         "data.train.0.columns",
+        "data.check",
         "train",
         "memory",
         "samples",

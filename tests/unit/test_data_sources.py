@@ -153,6 +153,7 @@ class HubPlace:
 def test_a_hub_data_set_is_read_through_datasets(tmp_path: Path) -> None:
     """A folder is a data set for `load_dataset` too: the same road, without a hub."""
     written(tmp_path, "train.jsonl")
-    rows = list(sources.hub_rows(HubPlace(str(tmp_path))))
+    place = HubPlace(str(tmp_path))
+    rows = list(sources.table_rows(sources.hub_table(place), sources.hub_name(place)))
     assert [row.value for row in rows] == ROWS
     assert str(rows[1].where).endswith("/train, row 2")

@@ -150,18 +150,16 @@ def answer(talk: Talk, messages: Sequence[Message] | str, sampling: Sampling, on
 
 
 def stop_ids(model: Any, tokenizer: Any, template: ChatTemplate | None) -> list[int]:
-    """Ids that end an answer: those of generation_config, the tokenizer's eos, and the template's end of turn."""
+    """Ids that end an answer: those of generation_config, the tokenizer's eos, and what ends a turn in the template."""
     found: list[int] = []
     config = getattr(model, "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
     found += eos if isinstance(eos, list) else [eos] if eos is not None else []
     if tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
-    if template is not None and template.end_of_turn:
+    if template is not None:
         # A mark of several tokens ("</s>" unknown to the tokenizer, "\n\n") cannot be seen in one id.
-        ids = tokenizer(template.end_of_turn, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1:
-            found += ids
+        found += template.stop_token_ids
     return sorted({int(i) for i in found})
 
 

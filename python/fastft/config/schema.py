@@ -14,7 +14,19 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
-Format = Literal["auto", "alpaca", "sharegpt", "messages", "conversation", "guanaco", "columns", "text"]
+Format = Literal[
+    "auto",
+    "alpaca",
+    "sharegpt",
+    "messages",
+    "conversation",
+    "guanaco",
+    "columns",
+    "text",
+    "preference",
+    "judged",
+]
+Task = Literal["pretrain", "sft", "dpo", "orpo", "reward", "kto"]
 
 
 class Section(BaseModel):
@@ -108,7 +120,11 @@ class Columns(Section):
 
     system: str | None = Field(None, description="system message, e.g. `{system_prompt}`")
     user: Name = Field(description="what the user says, e.g. `{question}\\n{context}`")
-    assistant: Name = Field(description="what the model learns to answer, e.g. `{answer}`")
+    assistant: Name = Field(
+        description="what the model learns to answer, e.g. `{answer}`; for tasks dpo, orpo and reward the better answer"
+    )
+    rejected: str | None = Field(None, description="the worse answer, e.g. `{bad_answer}`; for dpo, orpo and reward")
+    label: str | None = Field(None, description="column that says whether the answer is good (true, false); for kto")
 
 
 class Source(Section):
@@ -125,12 +141,50 @@ class Source(Section):
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     system: str | None = Field(None, description="system message for dialogues that have none")
     max_rows: Positive | None = Field(None, description="use only so many rows, from the start")
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0,
+        description=(
+            "times that each sample of this source stands in an epoch: 2 is each twice, 0.5 every other one, "
+            "chosen by the seed; of no effect in `eval`"
+        ),
+    )
 
     @model_validator(mode="after")
     def _columns_match(self) -> Self:
         if (self.format == "columns") != (self.columns is not None):
             raise ValueError("`columns` and `format: columns` belong together; set both or neither")
         return self
+
+
+class Check(Section):
+    """What makes a data set unfit: `check-dataset` and `train` fail with exit code 1 beyond these limits."""
+
+    min_samples: Positive | None = Field(None, description="fewest samples to learn from")
+    max_bad_rows: Fraction | None = Field(
+        None, description="largest part of the rows that on_bad_row: skip may leave out, 0 to 1"
+    )
+    max_truncated: Fraction | None = Field(
+        None, description="largest part of the samples cut off at max_length, 0 to 1"
+    )
+    max_not_learned: Fraction | None = Field(
+        None, description="largest part of the samples dropped because no token in them is learned, 0 to 1"
+    )
+    max_duplicates: Fraction | None = Field(
+        None, description="largest part of the samples that repeat an earlier one, 0 to 1"
+    )
+    max_unanswered: Fraction | None = Field(
+        None, description="largest part of the samples with a user's turn that nobody answers, 0 to 1"
+    )
+    max_eval_in_train: Fraction | None = Field(
+        None, description="largest part of the eval samples that also stand in the train data, 0 to 1"
+    )
+    min_filled: Fraction | None = Field(
+        None, description="smallest part of the packed rows' room that holds tokens, 0 to 1"
+    )
+    min_stops: Fraction | None = Field(
+        None,
+        description="smallest part of the samples in which the end of a turn is learned; without it answers do not end",
+    )
 
 
 class Data(Section):
@@ -147,6 +201,14 @@ class Data(Section):
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip: leave out unreadable rows, counted")
     shuffle: bool = Field(True, description="new order each epoch, by the seed")
+    cache: str | None = Field(
+        "auto",
+        description=(
+            "folder where tokenised sources are kept, so that the next run starts at once and a source may be larger "
+            "than the memory; auto: the user's cache folder, for sources of 10 MB and more; null: kept nowhere"
+        ),
+    )
+    check: Check = Field(default_factory=Check, description="limits beyond which the data set is refused")
 
 
 class Train(Section):
@@ -262,8 +324,12 @@ class Config(Section):
     """A whole run: what `train` needs."""
 
     name: Name = Field("run", description="what the run is called; a recipe's name, or the file's")
-    task: Literal["pretrain", "sft"] = Field(
-        "sft", description="sft learns the assistant's answers, pretrain every token of the text"
+    task: Task = Field(
+        "sft",
+        description=(
+            "sft learns the assistant's answers, pretrain every token of the text; dpo, orpo, reward and kto learn from "
+            "preferences: `check-dataset` and `log-dataset` read their data, `train` does not know them yet"
+        ),
     )
     model: Model = Field(description="which weights to start from")
     method: Method = Field(description="what is trained")

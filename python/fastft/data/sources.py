@@ -104,21 +104,29 @@ def rows(path: Path) -> Iterator[Row]:
         raise FileError(f"data {path}: cannot be read ({error.strerror or error})") from error
 
 
-def hub_rows(dataset: HubDataset) -> Iterator[Row]:
-    """The rows of a data set on the Hugging Face hub (or in its cache), through `datasets`.
+def hub_name(dataset: HubDataset) -> str:
+    """What a hub data set is called in reports."""
+    return f"{dataset.id if dataset.subset is None else f'{dataset.id} ({dataset.subset})'}/{dataset.split}"
+
+
+def hub_table(dataset: HubDataset) -> Any:
+    """The table of a data set on the Hugging Face hub (or in its cache), through `datasets`; its files are mapped.
 
     Raises:
         HubError: the data set cannot be had.
     """
     import datasets
 
-    name = dataset.id if dataset.subset is None else f"{dataset.id} ({dataset.subset})"
     try:
-        table = datasets.load_dataset(dataset.id, dataset.subset, split=dataset.split, revision=dataset.revision)
+        return datasets.load_dataset(dataset.id, dataset.subset, split=dataset.split, revision=dataset.revision)
     except Exception as error:  # load_dataset raises dozens of kinds; each means that there is no such data set
-        raise HubError(f"data set {name}, split {dataset.split}: {error}") from error
+        raise HubError(f"data set {hub_name(dataset)}: {error}") from error
+
+
+def table_rows(table: Any, name: str) -> Iterator[Row]:
+    """The rows of a table of `datasets`."""
     for index, value in enumerate(table):
-        yield Row(value, Where(f"{name}/{dataset.split}", index + 1), (index + 1) / len(table))
+        yield Row(value, Where(name, index + 1), (index + 1) / len(table))
 
 
 def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:

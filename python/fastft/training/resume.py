@@ -20,7 +20,10 @@ _FIXED = (
     *("train.batch_size", "train.grad_accumulation", "train.seed", "train.optimizer"),
 )
 # Where files go and what is shown says nothing about the result.
-_FREE = ("name", "output.", "samples.", "train.log_steps", "train.eval_steps", "train.sample_steps")
+_FREE = (
+    *("name", "output.", "samples.", "data.cache", "data.check."),
+    *("train.log_steps", "train.eval_steps", "train.sample_steps"),
+)
 
 
 def choose(run_dir: Path, wanted: str) -> Checkpoint | None:

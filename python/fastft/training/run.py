@@ -13,7 +13,7 @@ from typing import Any
 
 from fastft import console
 from fastft.config import schema, show
-from fastft.errors import DataError, FileError, TrainingError
+from fastft.errors import ConfigError, DataError, FileError, TrainingError
 from fastft.model import device, quiet, tokenizer
 from fastft.model import load as model_load
 from fastft.training import folder, launch, resume
@@ -166,16 +166,22 @@ def _check_choices(config: schema.Config, processes: int) -> None:
 def _prepare(config: schema.Config) -> Prepared:
     """Tokenizer and data; the weights are not touched."""
     quiet.prepare_libraries()
+    from fastft.data import check, preview
     from fastft.data import prepare as data_prepare
-    from fastft.data import preview
 
+    if config.task not in ("pretrain", "sft"):
+        raise ConfigError(
+            f"task {config.task}: `train` does not know it yet; allowed are sft and pretrain (`check-dataset` and "
+            "`log-dataset` read its data)"
+        )
     base = model_load.locate(config.model)
     words = tokenizer.load_tokenizer(base.weights_folder, config.model)
     if config.task == "sft":
         tokenizer.require_chat_template(words, config.model)
-    data = data_prepare.prepare(config.data, config.task, words, config.train.seed)
+    data = data_prepare.prepare(config.data, config.task, words, config.train.seed, batch_size=config.train.batch_size)
     for line in data.report.lines():
         console.note(line)
+    check.require(data.report, config.data)
     if len(data.train) == 0:
         raise DataError("data.train: no sample is left to learn from; `fastft log-dataset` shows what was read")
     console.note("the first sample; what is learned is marked:")
