@@ -1,6 +1,7 @@
 """QLoRA steps of a model of 7B shape on one GPU: fastft beside the popular recipe; tokens/s, MFU and peak memory.
 
     python benches/gpu/bench_train.py --shape llama2-7b --lengths 512 2048 4096 --folder /dev/shm --table out.md
+    python benches/gpu/bench_train.py --shape llama3.1-8b --rank 32 --memory-gib 7 --longest 8gb --folder /dev/shm
 
 The popular recipe is plain transformers with peft and bitsandbytes: `prepare_model_for_kbit_training` (16-bit weights
 become fp32), bf16 autocast, logits of all tokens. Both train the same random weights (drawn here, written as a
@@ -12,6 +13,9 @@ Counted: tokens/s from the median time of a step, device synchronized; MFU from 
 is computed twice), over the rate of a large bf16 product measured in the same run; peaks are torch's allocator's, over
 the training steps alone.
 
+`--longest` looks for the longest row with which a variant makes two steps within `--memory-gib`, which counts all that
+torch's allocator has taken, gaps included.
+
 `--shape tiny --device cpu` runs everything in small, to see that it works; its times mean nothing.
 """
 
@@ -19,12 +23,15 @@ import argparse
 import gc
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +57,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "vocab_size": 152064,
     },
+    "llama3.1-8b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "internlm2-7b": {  # in the Llama layout, as fastft reads it
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 92544,
+    },
     "tiny": {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -72,9 +99,15 @@ SAME_FOR_ALL = {
 }
 INITIALIZER_RANGE = 0.02
 SHARD_BYTES = 2 * 10**9
-# What the fastft process measures with one loaded model. `packed`: four documents in a row. `fp32 adapters`: as without
-# autocast, to see what rounding the adapters' operands to bf16 brings.
-VARIANTS = ("plain", "packed", "fp32-adapters")
+# What the fastft process measures. `packed`: four documents in a row. `fp32 adapters`: as without autocast, to see what
+# rounding the adapters' operands to bf16 brings. `fused`: plain but for fused adapters. `8gb`, `6gb`: all that the methods
+# qlora_8gb and qlora_6gb switch on. `nf4 head`: 6gb with the head in NF4, which is not exact.
+VARIANTS = ("plain", "packed", "fp32-adapters", "fused", "8gb", "6gb", "nf4-head")
+PLAIN = {"checkpoints": "device", "embedding": "device", "head": "device", "mlp_tile_tokens": "whole", "lora": "plain"}
+# Variants whose losses must agree with the popular recipe's and with each other.
+EXACT = ("popular recipe", "fastft", "fastft, fused", "fastft, 8gb", "fastft, 6gb")
+# Rows of `--longest` are multiples of it.
+LONGEST_STEP = 1024
 
 
 # --- the model ---
@@ -226,7 +259,7 @@ def measure(trainer: Any, options: argparse.Namespace, length: int) -> dict[str,
     except torch.OutOfMemoryError:
         return {"length": length, "out_of_memory": True}
     durations = [after - before for before, after in zip(seen["ends"], seen["ends"][1:], strict=False)]
-    timed = durations[options.warmup - 1 :]
+    timed = durations[options.warmup - 1 :] or durations
     return {
         "length": length,
         "out_of_memory": False,
@@ -342,68 +375,145 @@ def restart(model: Any, seed: int) -> None:
             torch.nn.init.zeros_(parameter.data)
 
 
-def fastft(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """fastft's own loading and trainer."""
-    from fastft.config.schema import Config
-    from fastft.data.collate import Collator
-    from fastft.model import device, load, quiet
-    from fastft.training import trainer
+def switches_of(variant: str) -> dict[str, Any]:
+    """The config's `memory` section for a variant."""
+    from fastft.config import recipes
 
-    quiet.prepare_libraries()
-    limit_memory(options)
-    config = Config.model_validate(
-        {
-            "task": "pretrain",
-            "model": {"name": str(folder)},
-            "method": {"kind": "qlora", "lora": {"r": options.rank, "alpha": options.rank}},
-            "data": {"train": [{"source": "rows are made here"}]},
-            "train": {
-                "grad_accumulation": 1,
-                "lr": options.lr,
-                "schedule": "constant",
-                "warmup_ratio": 0,
-                "optimizer": "adamw_8bit",
-                "log_steps": 1,
-            },
-        }
-    )
-    started = time.perf_counter()
-    base = load.locate(config.model)
-    loaded = load.load_weights(config, base, tokenizer())
-    synchronize(options.device)
-    load_s = time.perf_counter() - started
-    causal_lm = loaded.model.get_base_model()
-    results = []
+    methods = {"8gb": "qlora_8gb", "6gb": "qlora_6gb", "nf4-head": "qlora_6gb"}
+    if variant in methods:
+        asked = dict(recipes.find(f"llama2_7b_{methods[variant]}_alpaca")["memory"])
+        return {**asked, "head": "nf4"} if variant == "nf4-head" else asked
+    return {**PLAIN, "lora": "fused"} if variant == "fused" else PLAIN
 
-    def trainer_for(length: int, steps: int, variant: str) -> Any:
-        for module in (causal_lm, loaded.model):  # what an earlier trainer put around them
+
+class Fastft:
+    """fastft's own loading and trainer, for one variant."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, variant: str) -> None:
+        import torch
+
+        from fastft.config.schema import Config
+        from fastft.model import load
+
+        self.options, self.folder, self.variant = options, folder, variant
+        self.config = Config.model_validate(
+            {
+                "task": "pretrain",
+                "model": {"name": str(folder)},
+                "method": {"kind": "qlora", "lora": {"r": options.rank, "alpha": options.rank}},
+                "data": {"train": [{"source": "rows are made here"}]},
+                "memory": switches_of(variant),
+                "train": {
+                    "grad_accumulation": 1,
+                    "lr": options.lr,
+                    "schedule": "constant",
+                    "warmup_ratio": 0,
+                    "optimizer": "adamw_8bit",
+                    "log_steps": 1,
+                },
+            }
+        )
+        gc.collect()  # an earlier variant's model
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        self.loaded = load.load_weights(self.config, load.locate(self.config.model), tokenizer())
+        synchronize(options.device)
+        self.load_s = time.perf_counter() - started
+        self.load_peak_bytes = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
+
+    def trainer(self, length: int, steps: int) -> Any:
+        """A trainer that makes `steps` steps on rows of `length` tokens."""
+        from fastft.data.collate import Collator
+        from fastft.model import device
+        from fastft.training import trainer
+
+        for module in (
+            self.loaded.model.get_base_model(),
+            self.loaded.model,
+        ):  # what an earlier trainer put around them
             module.__dict__.pop("forward", None)
             module.__dict__.pop("_is_accelerate_prepared", None)
-        products = None if variant == "fp32-adapters" else loaded.products
-        made = trainer.arguments(config, folder / "fastft", steps, products, device.choose())
+        restart(self.loaded.model, length)
+        products = None if self.variant == "fp32-adapters" else self.loaded.products
+        made = trainer.arguments(self.config, self.folder / "fastft", steps, products, device.choose())
         made.save_strategy = "no"
         return trainer.FastftTrainer(
-            config=config,
-            model=loaded.model,
+            config=self.config,
+            model=self.loaded.model,
             args=made,
             collate=Collator(0),
-            train_rows=rows(length, steps, options.vocabulary, 4 if variant == "packed" else 1),
+            train_rows=rows(length, steps, self.options.vocabulary, 4 if self.variant == "packed" else 1),
             eval_rows=None,
-            tokenizer=loaded.tokenizer,
+            tokenizer=self.loaded.tokenizer,
             callbacks=[],
             record={},
             extra_files=lambda _folder: None,
         )
 
+    def measure(self, length: int, steps: int) -> dict[str, Any]:
+        """One line of the table."""
+        name = "fastft" if self.variant == "plain" else f"fastft, {self.variant.replace('-', ' ')}"
+        result = measure(self.trainer(length, steps), self.options, length)
+        return {"contender": name, "load_s": self.load_s, "load_peak_bytes": self.load_peak_bytes, **result}
+
+
+def fastft(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """fastft, each variant with a model of its own."""
+    from fastft.model import quiet
+
+    quiet.prepare_libraries()
+    limit_memory(options)
+    results = []
     for variant in options.variants:
-        for length in options.lengths:
-            name = "fastft" if variant == "plain" else f"fastft, {variant.replace('-', ' ')}"
-            restart(loaded.model, length)
-            result = measure(trainer_for(length, options.steps, variant), options, length)
-            results.append({"contender": name, "load_s": load_s, **result})
-    if options.profile is not None:
-        profile(trainer_for(options.lengths[-1], 3, "plain"), options.profile / "profile_fastft.txt", options)
+        work = Fastft(options, folder, variant)
+        results += [work.measure(length, options.steps) for length in options.lengths]
+        if options.profile is not None and variant in {"plain", "8gb"}:
+            profile(work.trainer(options.lengths[-1], 3), options.profile / f"profile_fastft_{variant}.txt", options)
+        del work
     return results
+
+
+def longest(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """The longest rows that fit, variant by variant: two steps, since the optimizer's states come with the first."""
+    from fastft.model import quiet
+
+    quiet.prepare_libraries()
+    limit_memory(options)
+    results = []
+    for variant in options.longest:
+        work = Fastft(options, folder, variant)
+        tries: dict[int, dict[str, Any]] = {}
+
+        def fits(length: int, work: Fastft = work, tries: dict[int, dict[str, Any]] = tries) -> bool:
+            tries[length] = work.measure(length, 2)
+            print(f"  {length} tokens: {'out of memory' if tries[length]['out_of_memory'] else 'fits'}", flush=True)
+            return not tries[length]["out_of_memory"]
+
+        best = bisect(fits, options.least, options.most)
+        fallback = {
+            "contender": f"fastft, {variant}",
+            "length": options.least,
+            "out_of_memory": True,
+            "load_s": work.load_s,
+        }
+        results.append({**tries.get(best, fallback), "tries": sorted(tries)})
+        del work, fits
+    return results
+
+
+def bisect(fits: Callable[[int], bool], least: int, most: int) -> int:
+    """The largest multiple of LONGEST_STEP from `least` to `most` that fits; 0 when not even the least does."""
+    low, high = least // LONGEST_STEP, most // LONGEST_STEP
+    if not fits(low * LONGEST_STEP):
+        return 0
+    if fits(high * LONGEST_STEP):
+        return high * LONGEST_STEP
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * LONGEST_STEP) else (low, middle)
+    return low * LONGEST_STEP
 
 
 def tokenizer() -> Any:
@@ -416,38 +526,37 @@ def tokenizer() -> Any:
 
 
 CONTENDERS = {"popular": popular, "fastft": fastft}
+CHILDREN = {**CONTENDERS, "longest": longest}
 
 
 # --- the comparison ---
 
 
 def check_losses(results: list[dict[str, Any]], shape: dict[str, Any]) -> None:
-    """Assert that both contenders compute the same thing.
+    """Assert that all exact contenders compute the same thing.
 
     First step (adapters change nothing yet). The last hidden state is a sum of 2 L branches. In fastft each addition
-    rounds it to bf16, 2^-9 of itself at most, and each branch is made from operands rounded so, in both: as independent
+    rounds it to bf16, 2^-9 of itself at most, and each branch is made from operands rounded so, in all: as independent
     errors sqrt(4 L) 2^-9 of its norm. A logit of the random head has standard deviation
     s = INITIALIZER_RANGE sqrt(D), so it is off by e = s sqrt(4 L) 2^-9. The mean over T tokens of (log-sum-exp minus the
     target's logit) is off by e sqrt(2 / T), of which four standard deviations are allowed, and by e^2 in one direction.
 
-    Last step: both fall, and the falls agree within a quarter; AdamW's first steps are the signs of the gradients, and
+    Last step: all fall, and the falls agree within a quarter; AdamW's first steps are the signs of the gradients, and
     those entries change sign that are smaller than the same part of rounding.
     """
     error = INITIALIZER_RANGE * math.sqrt(shape["hidden_size"])
     error *= math.sqrt(4 * shape["num_hidden_layers"]) * 2**-9
     by_length: dict[int, dict[str, list[float]]] = {}
     for result in results:
-        if not result["out_of_memory"] and result["contender"] in {"popular recipe", "fastft"}:
+        if not result["out_of_memory"] and result["contender"] in EXACT:
             by_length.setdefault(result["length"], {})[result["contender"]] = result["losses"]
     for length, losses in by_length.items():
-        if len(losses) < 2:
-            continue
-        ours, theirs = losses["fastft"], losses["popular recipe"]
         bound = 4 * error * math.sqrt(2 / length) + error**2
-        assert abs(ours[0] - theirs[0]) <= bound, (length, ours[0], theirs[0], bound)
-        falls = ours[0] - ours[-1], theirs[0] - theirs[-1]
-        assert min(falls) > 0, (length, ours, theirs)
-        assert min(falls) >= 0.75 * max(falls), (length, ours, theirs)
+        firsts = [values[0] for values in losses.values()]
+        assert max(firsts) - min(firsts) <= bound, (length, losses, bound)
+        falls = [values[0] - values[-1] for values in losses.values()]
+        assert min(falls) > 0, (length, losses)
+        assert min(falls) >= 0.75 * max(falls), (length, losses)
 
 
 def table(results: list[dict[str, Any]], options: argparse.Namespace, rate: float) -> str:
@@ -484,18 +593,52 @@ def describe_machine(device: str, rate: float, loads: dict[str, float]) -> str:
     return f"{card}; bf16 product {rate / 1e12:.0f} TFLOP/s; {versions}; weights read and quantized: {loaded}\n"
 
 
-def run_child(name: str, words: list[str], folder: Path) -> list[dict[str, Any]]:
+def expandable_segments() -> dict[str, str]:
+    """The environment for an allocator that grows its segments, if this machine can: less is lost in gaps.
+
+    Tried in a process of its own, as a driver without virtual memory ends the process.
+    """
+    setting = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    line = [sys.executable, "-c", "import torch; torch.zeros(2**22, device='cuda').sum().item()"]
+    done = subprocess.run(line, check=False, env={**os.environ, **setting}, capture_output=True)
+    print(f"expandable segments: {'used' if done.returncode == 0 else 'this machine has none'}", flush=True)
+    return setting if done.returncode == 0 else {}
+
+
+def run_child(name: str, words: list[str], folder: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
     """Measure one contender in a process of its own; its allocator and its patches are nobody else's."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
         line = [sys.executable, __file__, *words, "--child", name, "--answer", answer.name, "--model", str(folder)]
-        done = subprocess.run(line, check=False)
+        done = subprocess.run(line, check=False, env={**os.environ, **environment})
         if done.returncode != 0:
             raise SystemExit(f"error: contender {name} ended with {done.returncode}")
         results: list[dict[str, Any]] = json.loads(Path(answer.name).read_text())
     for result in results:
         seconds = "out of memory" if result["out_of_memory"] else f"{result['step_s'][1]:.3f} s a step"
-        print(f"  {result['contender']}, {result['length']} tokens: {seconds}", flush=True)
+        loading = result.get("load_peak_bytes")
+        said = "" if loading is None else f", peak while loading {loading / GIB:.2f} GiB"
+        print(f"  {result['contender']}, {result['length']} tokens: {seconds}{said}", flush=True)
     return results
+
+
+@contextmanager
+def weights(options: argparse.Namespace, shape: dict[str, Any]) -> Iterator[Path]:
+    """The folder of the weights: as an earlier `--only-write` left it, or written now and removed at the end."""
+    if options.weights is not None and not options.only_write:
+        yield options.weights
+        return
+    needed = 2 * sum(math.prod(dims) for dims in parameter_shapes(shape).values())
+    with tempfile.TemporaryDirectory(prefix="fastft-bench-", dir=options.folder) as place:
+        folder = options.weights or Path(place) / "model"
+        free = shutil.disk_usage(folder.parent).free
+        if free < needed * 1.05:
+            raise SystemExit(
+                f"error: {folder.parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; --folder"
+            )
+        started = time.perf_counter()
+        write_model(folder, shape, options.device)
+        print(f"{needed / 1e9:.1f} GB of weights written in {time.perf_counter() - started:.0f} s", flush=True)
+        yield folder
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -511,18 +654,30 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory-gib", type=float, help="let torch have no more than this, as on a smaller card")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of fastft")
+    parser.add_argument(
+        "--longest", nargs="+", choices=VARIANTS, help="only look for the longest row, with --memory-gib"
+    )
+    parser.add_argument("--least", type=int, default=2048, help="tokens where --longest starts")
+    parser.add_argument("--most", type=int, default=24576, help="tokens where --longest ends")
+    parser.add_argument("--expandable", action="store_true", help="let torch's allocator grow its segments")
+    parser.add_argument("--weights", type=Path, help="folder of weights that an earlier --only-write made")
+    parser.add_argument("--only-write", action="store_true", help="write the weights to --weights and end")
     parser.add_argument("--folder", type=Path, help="where the weights are written (16 GB for 7B); default: temporary")
     parser.add_argument("--table", type=Path, help="file for the table")
     parser.add_argument(
         "--profile", type=Path, help="existing folder for a profile of each contender at the last length"
     )
-    parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     options.vocabulary = SHAPES[options.shape]["vocab_size"]
     if options.warmup < 1 or options.steps < options.warmup + 2:
         parser.error("--warmup is at least 1, and --steps at least 2 more than it")
+    if options.longest and options.memory_gib is None and options.device == "cuda":
+        parser.error("--longest needs --memory-gib")
+    if options.only_write and options.weights is None:
+        parser.error("--only-write needs --weights")
     return options
 
 
@@ -530,27 +685,24 @@ def main(words: list[str]) -> None:
     """Write the model, run the contenders, compare, print."""
     options = parse(words)
     if options.child is not None:
-        options.answer.write_text(json.dumps(CONTENDERS[options.child](options, options.model)))
+        options.answer.write_text(json.dumps(CHILDREN[options.child](options, options.model)))
         return
     shape = SHAPES[options.shape]
-    needed = 2 * sum(math.prod(dims) for dims in parameter_shapes(shape).values())
-    with tempfile.TemporaryDirectory(prefix="fastft-bench-", dir=options.folder) as place:
-        free = shutil.disk_usage(place).free
-        if free < needed * 1.05:
-            raise SystemExit(f"error: {place} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; --folder")
-        folder = Path(place) / "model"
-        started = time.perf_counter()
-        write_model(folder, shape, options.device)
-        print(f"{needed / 1e9:.1f} GB of weights written in {time.perf_counter() - started:.0f} s", flush=True)
+    with weights(options, shape) as folder:
+        if options.only_write:
+            return
+        environment = expandable_segments() if options.expandable and options.device == "cuda" else {}
         rate = product_rate(options.device)
-        results = [result for name in options.contenders for result in run_child(name, words, folder)]
+        names = ["longest"] if options.longest else options.contenders
+        results = [result for name in names for result in run_child(name, words, folder, environment)]
     loads = {result["contender"]: result["load_s"] for result in results if "," not in result["contender"]}
     text = describe_machine(options.device, rate, loads) + "\n" + table(results, options, rate)
     print(text, flush=True)
     if options.table is not None:
         options.table.write_text(text)
-    check_losses(results, shape)
-    print("the losses of the contenders agree")
+    if not options.longest:
+        check_losses(results, shape)
+        print("the losses of the contenders agree")
 
 
 if __name__ == "__main__":

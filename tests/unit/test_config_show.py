@@ -86,6 +86,14 @@ LORA = some(
     targets=st.just("all-linear") | st.lists(TEXT, max_size=3).map(tuple),
     modules_to_save=st.lists(TEXT, max_size=3).map(tuple),
 )
+MEMORY = some(
+    schema.Memory,
+    checkpoints=st.sampled_from(["auto", "device", "host"]),
+    embedding=st.sampled_from(["auto", "device"]),
+    head=st.sampled_from(["auto", "device"]),
+    mlp_tile_tokens=st.sampled_from(["auto", "whole"]) | WHOLE,
+    lora=st.sampled_from(["auto", "plain"]),
+)
 METHOD = st.one_of(
     st.just(schema.Method(kind="full")),
     LORA.map(lambda lora: schema.Method(kind="lora", lora=lora)),
@@ -119,10 +127,11 @@ CONFIG = st.builds(
         lr=ABOVE_0,
         warmup_ratio=RATIO,
         betas=st.tuples(RATIO, RATIO),
-        gradient_checkpointing=st.booleans() | st.just("auto"),
+        gradient_checkpointing=st.sampled_from([True, "auto"]),
         weight_decay=st.floats(0, 1e10),
         sample_steps=st.none() | WHOLE,
     ),
+    memory=MEMORY,
     samples=some(schema.Samples, prompts=st.lists(TEXT, max_size=4).map(tuple), system=MAYBE_TEXT),
     output=st.builds(schema.Output, dir=TEXT, save_steps=st.none() | WHOLE),
 )
@@ -195,8 +204,10 @@ def test_the_file_has_every_field_with_its_comment():
         "data.train.0.columns",
         "data.check",
         "train",
+        "memory",
         "samples",
         "output",
+        "distributed",
     }
     assert max(map(len, text.splitlines())) < 200
 

@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from fastft.config import recipes, tree
+from fastft.config import recipes, schema, tree
 from fastft.config.load import load
 from fastft.config.schema import Config
 from fastft.errors import ConfigError
@@ -36,7 +37,7 @@ def test_every_part_loads_as_the_command_loads_it():
             continue
         loaded |= met
         config = load(name).config
-        assert config.method.kind == recipe.method
+        assert config.method.kind == {"dora": "lora"}.get(recipe.method, recipe.method.partition("_")[0])
         assert config.task == recipe.data.task
         assert config.train.epochs == recipe.data.epochs
         assert (config.name, config.output.dir) == (name, f"work_dirs/{name}")
@@ -108,10 +109,35 @@ def test_the_longest_part_wins():
     assert recipes.parts("yi_34b_200k_qlora_alpaca").model.name == "yi_34b_200k"
 
 
+@pytest.mark.parametrize("task", get_args(schema.Task))
+def test_every_task_has_recipes(task):
+    """One for the demo's own data, one for data of the user's, one for a data set on the hub."""
+    named = {name for name, part in recipes.data_sets().items() if part.task == task}
+    assert any(name.startswith("demo") for name in named)
+    assert any(name.startswith("custom_") for name in named)
+    assert any(not name.startswith(("demo", "custom_")) for name in named) or task == "pretrain"
+    assert any(recipes.parts(name).data.task == task for name in recipes.names() if name != "demo")
+
+
 def test_methods_set_their_usual_rate():
     assert load("internlm2_7b_full_alpaca").config.train.lr == 2e-5
     assert load("internlm2_7b_lora_alpaca").config.train.lr == 2e-4
     assert load("internlm2_7b_qlora_alpaca").config.train.lr == 2e-4
+
+
+@pytest.mark.parametrize("method", ["qlora_8gb", "qlora_6gb"])
+def test_methods_for_a_small_card(method):
+    """Listed for models up to 9B and only for them; whatever can wait outside of the card does."""
+    listed = {recipes.parts(name).model.name for name in recipes.search(method) if name != "demo"}
+    assert {"llama2_7b", "llama3_1_8b", "internlm2_7b", "qwen2_5_7b", "qwen1_5_0_5b", "internlm2_chat_1_8b"} <= listed
+    assert {name for name in recipes.models() if name.endswith(("13b", "20b", "32b", "70b", "72b", "110b"))}
+    assert not any(name.partition("_chat")[0].endswith(("13b", "20b", "32b", "34b", "70b", "72b")) for name in listed)
+    config = load(f"qwen2_5_7b_{method}_alpaca").config
+    memory = config.memory
+    assert (memory.checkpoints, memory.embedding, memory.head, memory.lora) == ("host", "host", "host", "fused")
+    assert isinstance(memory.mlp_tile_tokens, int)
+    assert (config.train.optimizer, config.method.lora.dropout) == ("adamw_8bit", 0.0)
+    assert load(f"llama3_70b_{method}_alpaca").config.memory == memory  # not listed, but it can be named
 
 
 def test_find_gives_plain_values():

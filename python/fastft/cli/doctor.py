@@ -4,7 +4,12 @@ from fastft import console
 from fastft.cli.job import Job
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
-EXTRAS = {"modelscope": "models from ModelScope", "tensorboard": "TensorBoard logs", "wandb": "Weights & Biases logs"}
+EXTRAS = {
+    "deepspeed": "ZeRO",
+    "modelscope": "models from ModelScope",
+    "tensorboard": "TensorBoard logs",
+    "wandb": "Weights & Biases logs",
+}
 
 
 def doctor() -> Job:

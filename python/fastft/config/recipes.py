@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent.parent / "configs"
 MAX_NAME = 200  # characters
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "freeze", "lora", "dora", "qlora", "qlora_6gb", "qlora_8gb")
+# Methods for a small card, and the largest model, in billions of weights, that `list-cfg` shows with them.
+SMALL_CARD = ("qlora_6gb", "qlora_8gb")
+SMALL_CARD_BILLIONS = 9.0
+# Methods that `list-cfg` shows with own data only, and tasks that it shows with the usual methods only.
+RARE = ("freeze", "dora")
+PREFERENCE_TASKS = ("dpo", "orpo", "kto", "reward")
 
 # XTuner's word for a data set, where ours differs.
 XTUNER_DATA = {
@@ -29,6 +35,7 @@ XTUNER_DATA = {
 
 _SECTION = re.compile(r"^(base|chat|scratch|all):", re.MULTILINE)
 _MODEL = re.compile(r"^  ([a-z0-9_]+):", re.MULTILINE)
+_SIZE = re.compile(r"_(\d+(?:_\d)?)b(?:_|$)")
 _TASK = re.compile(r"^task: *(\w+)", re.MULTILINE)
 _EPOCHS = re.compile(r"^train:.*?epochs: *(\d+)", re.MULTILINE | re.DOTALL)
 # What may follow MODEL_METHOD_DATA, each at most once: epochs, longest sample, XTuner's number of GPUs.
@@ -87,14 +94,15 @@ def search(pattern: str) -> list[str]:
     found: list[tuple[int, int, int, str]] = []
     everything = names()
     for name in everything:
+        small = int(any(f"_{method}_" in name for method in (*SMALL_CARD, *RARE)))  # the general recipe comes first
         if joined in name:
             # Whole words before parts of words: `llama2_7b` before `codellama2_7b`.
             rank = 0 if f"_{joined}_" in f"_{name}_" else 1
-            found.append((rank, name.find(joined), 0, name))
+            found.append((rank, name.find(joined), small, name))
         elif compact in name.replace("_", ""):
-            found.append((2, name.replace("_", "").find(compact), 0, name))
+            found.append((2, name.replace("_", "").find(compact), small, name))
         elif all(word in name for word in words):
-            found.append((3, sum(name.find(word) for word in words), 0, name))
+            found.append((3, sum(name.find(word) for word in words), small, name))
     if not found:
         found = list(_alike(words, everything))
     return [entry[-1] for entry in sorted(found)]
@@ -211,7 +219,15 @@ def _named() -> list[str]:
 
 def _suits(model: ModelPart, method: str, data: DataPart) -> bool:
     """Whether `list-cfg` shows the combination; others that can be named still work."""
+    if method in SMALL_CARD:
+        size = _SIZE.search(model.name)
+        if size is None or float(size.group(1).replace("_", ".")) > SMALL_CARD_BILLIONS:
+            return False
     own_data = data.name.startswith("custom_")
+    if method in RARE and not (own_data and data.task in {"sft", "pretrain"}):
+        return False
+    if data.task in PREFERENCE_TASKS and method in SMALL_CARD:
+        return False
     if model.kind == "scratch":
         return method == "full" and data.task == "pretrain" and (own_data or data.name.startswith("demo"))
     if model.kind == "chat" and data.task == "pretrain":

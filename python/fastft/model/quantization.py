@@ -60,6 +60,21 @@ def settings(quantization: schema.Quantization, on: "torch.device") -> Any:
     )
 
 
+def allow_parts_in_ram(settings: Any, model_config: Any) -> None:
+    """Let some unquantized modules lie on the CPU beside a 4-bit base on a GPU; transformers asks for that word.
+
+    Args:
+        settings: from `settings`, or None when the checkpoint itself is 4-bit (or there is no 4-bit at all).
+        model_config: transformers' config of the model; it has the block of a 4-bit checkpoint.
+    """
+    if settings is not None:
+        settings.llm_int8_enable_fp32_cpu_offload = True
+        return
+    stored = getattr(model_config, "quantization_config", None)
+    if isinstance(stored, dict):
+        stored["llm_int8_enable_fp32_cpu_offload"] = True
+
+
 def of_checkpoint(config_json: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The quantization block of a checkpoint that is already bitsandbytes 4-bit, None for a plain one.
 

@@ -9,12 +9,14 @@ Letters: B batch, T tokens, N learned tokens, D hidden size, V vocabulary.
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from fastft import console
-
-if TYPE_CHECKING:
-    import torch
+from fastft.model import tiled_head
 
 # Largest block of fp32 logits that is held at once; the backward pass needs about three times as much.
 CHUNK_BYTES = 64 * 2**20
@@ -22,12 +24,12 @@ CHUNK_BYTES = 64 * 2**20
 _PROBE_TOKENS = 16
 _IGNORED = -100
 
-Head = Callable[["torch.Tensor"], "torch.Tensor"]
+Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 def chunked_cross_entropy(
-    hidden_BTD: "torch.Tensor", labels_BT: "torch.Tensor", head: Head, chunk_tokens: int
-) -> tuple["torch.Tensor", int]:
+    hidden_BTD: torch.Tensor, labels_BT: torch.Tensor, head: Head, chunk_tokens: int
+) -> tuple[torch.Tensor, int]:
     """Sum of the next-token cross-entropies, in nats, and the number of tokens in it.
 
     Args:
@@ -39,10 +41,6 @@ def chunked_cross_entropy(
     Returns:
         the sum, an fp32 scalar, and the count. A batch that learns nothing gives a sum of 0 that still has a gradient.
     """
-    import torch
-    from torch.nn import functional
-    from torch.utils.checkpoint import checkpoint
-
     targets_BT = labels_BT[:, 1:]
     learned = targets_BT != _IGNORED
     hidden_ND = hidden_BTD[:, :-1][learned]
@@ -63,8 +61,33 @@ def chunked_cross_entropy(
     return total, num_tokens
 
 
+def row_log_probs(hidden_BTD: torch.Tensor, labels_BT: torch.Tensor, head: Head, chunk_tokens: int) -> torch.Tensor:
+    """Sum of the log probabilities of each row's learned tokens, in nats: fp32 [B].
+
+    The arguments are those of `chunked_cross_entropy`.
+    """
+    targets_BT = labels_BT[:, 1:]
+    learned = targets_BT != _IGNORED
+    hidden_ND = hidden_BTD[:, :-1][learned]
+    targets_N = targets_BT[learned]
+    if targets_N.shape[0] == 0:
+        return hidden_BTD.float().sum(dim=(1, 2)) * 0.0
+
+    def of_chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+    parts = [slice(start, start + chunk_tokens) for start in range(0, targets_N.shape[0], chunk_tokens)]
+    losses_N = torch.cat([checkpoint(of_chunk, hidden_ND[p], targets_N[p], use_reentrant=False) for p in parts])
+    # A table with zeros, not index_add: its sums are the same at every run on a GPU too.
+    losses_BT = losses_N.new_zeros(targets_BT.shape)
+    losses_BT[learned] = losses_N
+    return -losses_BT.sum(dim=1)
+
+
 def install(causal_lm: Any) -> bool:
     """Let `causal_lm.forward(labels=...)` use the chunked loss; calls without labels are the model's own.
+
+    With `row_sums=True` its `loss` is `row_log_probs`, one number per row.
 
     What some families do to their logits (soft capping, scaling) is applied from their config. The result is compared
     with the model's own loss on a few tokens; a family that computes something else keeps its own loss, and that is
@@ -78,20 +101,40 @@ def install(causal_lm: Any) -> bool:
     """
     own_forward = causal_lm.forward
     decoder, head = _parts(causal_lm)
+    scaling = _scaling(causal_lm)
     if decoder is None:
         console.warn(f"loss: {type(causal_lm).__name__} has no decoder and head to separate; full logits are held")
         return False
     vocabulary = _vocabulary(causal_lm)
 
     @functools.wraps(own_forward)
-    def forward(*args: Any, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        *args: Any, labels: Any = None, num_items_in_batch: Any = None, row_sums: bool = False, **kwargs: Any
+    ) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         if labels is None:
             return own_forward(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
         hidden_BTD = decoder(*args, **{**kwargs, "use_cache": False})[0]
-        total, count = chunked_cross_entropy(hidden_BTD, labels, head, max(CHUNK_BYTES // (4 * vocabulary), 1))
+        linear = causal_lm.get_output_embeddings()
+        chunk_tokens = max(CHUNK_BYTES // (4 * vocabulary), 1)
+        if row_sums:
+            tiles = linear if isinstance(linear, tiled_head.TiledHead) else None
+            if tiles is None:
+                sums_B = row_log_probs(hidden_BTD, labels, head, chunk_tokens)
+            else:
+                sums_B = torch.stack(
+                    [
+                        -_by_tiles(hidden_BTD[row : row + 1], labels[row : row + 1], tiles, scaling)[0]
+                        for row in range(labels.shape[0])
+                    ]
+                )
+            return CausalLMOutputWithPast(loss=sums_B)
+        if isinstance(linear, tiled_head.TiledHead):
+            total, count = _by_tiles(hidden_BTD, labels, linear, scaling)
+        else:
+            total, count = chunked_cross_entropy(hidden_BTD, labels, head, chunk_tokens)
         return CausalLMOutputWithPast(loss=total / (count if num_items_in_batch is None else num_items_in_batch))
 
     if not _agrees(causal_lm, own_forward, forward, vocabulary):
@@ -105,24 +148,35 @@ def install(causal_lm: Any) -> bool:
 
 def _parts(causal_lm: Any) -> tuple[Any, Head]:
     """The decoder, and the head with the scaling of logits that the model's config asks for."""
-    import torch
-
     linear = causal_lm.get_output_embeddings()
     decoder = causal_lm.get_decoder() if hasattr(causal_lm, "get_decoder") else None
-    config = causal_lm.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    factor = getattr(config, "logit_scale", None)  # Cohere
-    divisor = getattr(config, "logits_scaling", None)  # Granite
+    scaling = _scaling(causal_lm)
 
     def head(hidden_ND: torch.Tensor) -> torch.Tensor:
-        logits_NV: torch.Tensor = linear(hidden_ND)
-        if factor is not None:
-            logits_NV = logits_NV * factor
-        if divisor is not None:
-            logits_NV = logits_NV / divisor
-        return cap * torch.tanh(logits_NV / cap) if cap is not None else logits_NV
+        return scaling.apply(linear(hidden_ND))
 
     return (None if linear is None or decoder is causal_lm else decoder), head
+
+
+def _scaling(causal_lm: Any) -> tiled_head.Scaling:
+    config = causal_lm.config.get_text_config()
+    return tiled_head.Scaling(
+        factor=getattr(config, "logit_scale", None),
+        divisor=getattr(config, "logits_scaling", None),
+        cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _by_tiles(
+    hidden_BTD: torch.Tensor, labels_BT: torch.Tensor, head: tiled_head.TiledHead, scaling: tiled_head.Scaling
+) -> tuple[torch.Tensor, int]:
+    """`chunked_cross_entropy` for a head that is held in tiles of the vocabulary."""
+    targets_BT = labels_BT[:, 1:]
+    learned = targets_BT != _IGNORED
+    targets_N = targets_BT[learned]
+    if targets_N.shape[0] == 0:
+        return hidden_BTD.float().sum() * 0.0, 0
+    return tiled_head.cross_entropy(hidden_BTD[:, :-1][learned], targets_N, head, scaling), targets_N.shape[0]
 
 
 def _vocabulary(causal_lm: Any) -> int:
@@ -131,9 +185,7 @@ def _vocabulary(causal_lm: Any) -> int:
 
 def _agrees(causal_lm: Any, own_forward: Any, forward: Any, vocabulary: int) -> bool:
     """Compare both losses on a few fixed tokens, without dropout; no random number is drawn."""
-    import torch
-
-    device = causal_lm.get_input_embeddings().weight.device
+    device = causal_lm.device
     ids_BT = (torch.arange(_PROBE_TOKENS, device=device) * 7 % vocabulary).unsqueeze(0)
     training = causal_lm.training
     causal_lm.eval()

@@ -25,7 +25,8 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
     Keys: `fastft` (version), `recipe`, `task`, `method`, `seed`, `steps` (planned), `data` (rows, tokens, processes),
     `base` (`name`: hub id or absolute folder; `folder`; `revision`; `model_type`: of the original files;
     `laid_out_from`: "internlm2" when it was read in the Llama layout, so that adapter names are Llama's),
-    `quantization` (None, or how the base was held: model.quantization.Quantized), `versions`.
+    `quantization` (None, or how the base was held: model.quantization.Quantized), `memory` (the switches in use:
+    model.memory.Switches; head "nf4" means that the adapter learned behind a 4-bit head), `versions`.
     """
     base = loaded.base
     return {
@@ -42,9 +43,10 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
             "revision": config.model.revision,
             "model_type": base.laid_out_from or base.config_json.get("model_type"),
             "laid_out_from": base.laid_out_from,
-            "dtype": str(next(iter(loaded.model.parameters())).dtype).removeprefix("torch."),
+            "dtype": _dtype_of_base(loaded.model),
         },
         "quantization": None if loaded.quantized is None else loaded.quantized.to_json(),
+        "memory": loaded.memory.to_json(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES},
     }
 
@@ -52,6 +54,13 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
 def write(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record into a folder, atomically."""
     publish.write_text(folder / FILE_NAME, json.dumps(record, indent=2) + "\n")
+
+
+def _dtype_of_base(model: Any) -> str:
+    """The dtype of the weights beside adapters and 4-bit ones; of a model that is trained in full, of its weights."""
+    parameters = list(model.parameters())
+    frozen = (p for p in parameters if not p.requires_grad and p.dtype.is_floating_point)
+    return str(next(frozen, parameters[0]).dtype).removeprefix("torch.")
 
 
 def _version(package: str) -> str | None:

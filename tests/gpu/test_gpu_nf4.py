@@ -135,7 +135,10 @@ def test_a_layer_like_a_models_own(dtype: str) -> None:
 
 
 def test_double_quantized_scales() -> None:
-    """The GPU takes the nearest 8-bit value; the CPU's table has cells of 2/65535, wider than the steps near zero."""
+    """The GPU takes the nearest 8-bit value, the CPU that of the nearest place in its table, up to 1/65535 away.
+
+    So the CPU's value is at most 2/65535 farther than the nearest: once to the place, and once back.
+    """
     import bitsandbytes.functional as bnb
     import torch
 
@@ -154,7 +157,7 @@ def test_double_quantized_scales() -> None:
         nearest = np.abs(scaled[:, None] - book[None, :]).min(axis=1)
         assert (np.abs(scaled - chosen) <= nearest + NEAR_BORDER).all()
         off = ours.cpu().numpy() != np.frombuffer(codes, np.uint8)
-        assert (np.abs(scaled - book[np.frombuffer(codes, np.uint8)]) <= nearest + 1 / 65535).all()
+        assert (np.abs(scaled - book[np.frombuffer(codes, np.uint8)]) <= nearest + 2 / 65535).all()
         compared += len(centred)
         differing += int((off != 0).sum())
     print(f"8-bit scales: {differing} of {compared} codes differ between GPU and CPU")
