@@ -201,6 +201,15 @@ def test_a_damaged_entry_is_said_and_made_anew(
     assert from_cache(run(byte_tokenizer, source)) == [True]
 
 
+def test_a_disk_that_does_not_keep_what_is_written_is_an_error(
+    byte_tokenizer: Any, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stated = cache._stated
+    monkeypatch.setattr(cache, "_stated", lambda path: {**stated(path), "sha256": os.urandom(4).hex()})
+    with pytest.raises(FileError, match="what was written cannot be read back"):
+        run(byte_tokenizer, source)
+
+
 def test_a_source_that_changes_while_it_is_read_is_refused(
     byte_tokenizer: Any, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,10 @@ class Entry:
             if found is not None:
                 found[1].from_cache = not made
                 return found
+            if made:
+                raise FileError(
+                    f"cache {self.folder}: what was written cannot be read back; set data.cache to another disk"
+                )
             try:
                 self._write(make)
                 made = True
