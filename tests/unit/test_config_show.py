@@ -203,6 +203,7 @@ def test_the_file_has_every_field_with_its_comment():
         "data.train",
         "data.train.0.columns",
         "data.check",
+        "preference",
         "train",
         "memory",
         "samples",
