@@ -50,7 +50,7 @@ def test_the_loss_falls_and_the_files_are_there(
     weights = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
     for name in (weights, "tokenizer.json", "chat_template.jinja", "fastft_training.json"):
         assert (done.artifact / name).is_file(), name
-    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "log.txt", "checkpoint-6"):
+    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "report.html", "log.txt", "checkpoint-6"):
         assert (done.run_dir / name).exists(), name
     assert (done.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(done.run_dir.rglob("training_args.bin"))
@@ -192,6 +192,8 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoints(
     with pytest.raises(TrainingError, match=r"step 4: the loss is nan.*checkpoint-2 is whole: --resume auto"):
         run.run(config, work_dir=tmp_path / "run")
     assert [found.step for found in checkpoint.find(tmp_path / "run")] == [2]
+    # Drawn with the checkpoint, so a run can be looked at while it goes on.
+    assert "running, step 2 of 6" in (tmp_path / "run" / "report.html").read_text()
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -219,6 +221,7 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
     assert stopped.value.code == code
     assert signal.getsignal(number) is before
     assert [found.step for found in checkpoint.find(tmp_path / "run")] == [3]
+    assert "stopped, step 3 of 6" in (tmp_path / "run" / "report.html").read_text()
     said = capsys.readouterr().err
     assert "stopped after step 3" in said
     assert "--resume auto" in said

@@ -355,6 +355,10 @@ class Output(Section):
     dir: str | None = Field(None, description="run folder; null is work_dirs/NAME; --work-dir overrides it")
     save_steps: Positive | None = Field(500, description="steps between checkpoints; null: only at the end")
     keep: Positive = Field(2, description="newest checkpoints that stay")
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (),
+        description="loggers that get the lines of metrics.jsonl too; wandb talks to its server (WANDB_MODE=offline: not)",
+    )
 
 
 class Distributed(Section):

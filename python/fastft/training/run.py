@@ -62,7 +62,7 @@ def dry_run(config: schema.Config, *, work_dir: Path, processes: int = 1) -> Non
     Raises:
         FastftError: whatever would stop the run before its first step.
     """
-    _check_distributed(config, processes)
+    _check_choices(config, processes)
     folder.prepare(work_dir, resume=True)
     if not any(work_dir.iterdir()):
         work_dir.rmdir()
@@ -91,7 +91,7 @@ def run(config: schema.Config, *, work_dir: Path, resume: str | None = None) -> 
         SystemExit: 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint written.
     """
     started = time.monotonic()
-    _check_distributed(config, launch.num_processes())
+    _check_choices(config, launch.num_processes())
     writes = launch.rank() == 0
     if writes:
         folder.prepare(work_dir, resume=resume is not None)
@@ -109,7 +109,7 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
 
         publish.write_text(work_dir / "config.yaml", show.flat_yaml(config))
 
-    from fastft.training import checkpoint, metrics, record, report, trainer
+    from fastft.training import checkpoint, metrics, page, record, refresh, trainer
 
     processes = launch.num_processes()
     rows = _num_rows(config, prepared.data)
@@ -136,21 +136,25 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
         console.note(f"memory: {loaded.memory.line()}")
     if writes:
         _require_space(work_dir, loaded.model, config)
-    loss, weights = _train(config, work_dir, loaded, prepared.data, about, found=found, writes=writes)
+    on_page = page.About(config, steps, prepared.data.report.lines(), about)
+    loss, weights = _train(config, work_dir, loaded, prepared.data, on_page, found=found, writes=writes)
 
     artifact = work_dir / ("adapter" if config.method.has_adapter else "model")
     if writes:
         _write_result(artifact, work_dir, loaded, about, weights)
         lines = metrics.read(work_dir / "metrics.jsonl")
-        report.plot(work_dir / "loss.png", lines, f"{config.name}: {config.method.kind}, {steps} steps")
+        refresh.draw(work_dir, on_page, state="finished")
         loss = next((line["loss"] for line in reversed(lines) if "loss" in line), loss)
     seconds = time.monotonic() - started
     console.note(f"done: {steps} steps in {seconds:.0f} s, loss {loss:.4f}")
-    console.note(f"result: {artifact}\nplot:   {work_dir / 'loss.png'}")
+    console.note(f"result: {artifact}\nplot:   {work_dir / 'loss.png'}\nreport: {work_dir / page.FILE_NAME}")
     return RunResult(work_dir, artifact, loss, steps, seconds)
 
 
-def _check_distributed(config: schema.Config, processes: int) -> None:
+def _check_choices(config: schema.Config, processes: int) -> None:
+    from fastft.training import loggers
+
+    loggers.check(config)
     wanted = config.distributed
     if wanted.deepspeed is not None:
         from fastft.training import deepspeed
@@ -188,7 +192,7 @@ def _train(
     work_dir: Path,
     loaded: model_load.Loaded,
     data: Any,
-    about: dict[str, Any],
+    on_page: Any,
     *,
     found: Checkpoint | None,
     writes: bool,
@@ -201,13 +205,15 @@ def _train(
     import torch
 
     from fastft.chat import session
-    from fastft.training import record, trainer
+    from fastft.training import loggers, record, refresh, trainer
     from fastft.training.interrupt import Interrupt
     from fastft.training.metrics import Metrics
     from fastft.training.periodic import Periodic
     from fastft.training.samples import SampleAnswers
 
-    steps = int(about["steps"])
+    about, steps, step = on_page.record, on_page.steps, found.step if found else 0
+    listeners = loggers.start(config, resume.flat(config), work_dir, step) if writes else []
+    pages = [refresh.Refresh(work_dir, on_page)] if writes else []
     learning = _learning(config, data, tokenizer.pad_id(loaded.tokenizer))
     arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose())
 
@@ -217,9 +223,9 @@ def _train(
 
     interrupt = Interrupt()
     talk = session.Talk(loaded.model, loaded.tokenizer, continues=config.task == "pretrain")
-    with console.progress("training", steps, "steps") as advance:
+    with console.progress("training", steps, "steps", start=step) as advance:
         status = Status()
-        metrics = Metrics(work_dir / "metrics.jsonl", advance if writes else None, status.read)
+        metrics = Metrics(work_dir / "metrics.jsonl", advance if writes else None, status.read, listeners)
         answers = SampleAnswers(
             work_dir / "samples.jsonl",
             talk,
@@ -238,7 +244,10 @@ def _train(
                 train_rows=learning.train_rows,
                 eval_rows=learning.eval_rows if has_eval else None,
                 tokenizer=loaded.tokenizer,
-                callbacks=[metrics, answers, Periodic(config.train.eval_steps if has_eval else None), interrupt],
+                callbacks=[
+                    *(metrics, answers, Periodic(config.train.eval_steps if has_eval else None), interrupt),
+                    *pages,
+                ],
                 record={"config": resume.flat(config), "data": about["data"]},
                 extra_files=beside,
             )
@@ -248,6 +257,8 @@ def _train(
             if has_eval and interrupt.received is None:
                 work.evaluate()
     if interrupt.received is not None:
+        if writes:
+            refresh.draw(work_dir, on_page, state="stopped")
         _say_how_to_go_on(work_dir, work.state.global_step)
         raise SystemExit(interrupt.exit_code)
     if not torch.isfinite(torch.tensor(float(output.training_loss))):
