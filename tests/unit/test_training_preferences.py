@@ -135,6 +135,14 @@ def test_accumulated_rows_are_one_step(task: str, model: Path, data: dict[str, P
         assert (weights[name] - value).abs().max() < 1e-5, name
 
 
+def test_both_answers_are_shown(model: Path, data: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    run.dry_run(tiny_run.config(model, data["dpo"], task="dpo"), work_dir=tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "[[apple <|im_end|>" in said
+    assert "[[pear <|im_end|>" in said
+    assert "dry run: 6 steps" in said
+
+
 def test_a_preference_task_says_what_data_it_needs(model: Path, tmp_path: Path) -> None:
     rows = tiny_run.write_dialogues(tmp_path / "rows.jsonl")
     with pytest.raises(Exception, match="task dpo needs two answers to each prompt"):

@@ -169,7 +169,7 @@ def _check_choices(config: schema.Config, processes: int) -> None:
 def _prepare(config: schema.Config) -> Prepared:
     """Tokenizer and data; the weights are not touched."""
     quiet.prepare_libraries()
-    from fastft.data import check, preview
+    from fastft.data import check, formats, preview
     from fastft.data import prepare as data_prepare
 
     base = model_load.locate(config.model)
@@ -184,6 +184,9 @@ def _prepare(config: schema.Config) -> Prepared:
         raise DataError("data.train: no sample is left to learn from; `fastft log-dataset` shows what was read")
     console.note("the first sample; what is learned is marked:")
     console.show(preview.opening(data.train[0], words, colour=console.stderr().is_terminal))
+    if config.task in formats.PAIR_TASKS:
+        console.note("and the answer that lost:")
+        console.show(preview.opening(data.train[1], words, colour=console.stderr().is_terminal))
     return Prepared(base, words, data)
 
 
