@@ -129,8 +129,9 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
         loaded = model_load.load_weights(config, prepared.base, prepared.tokenizer)
     about = record.describe(config, loaded, counts, steps)
     console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
-    if config.memory != schema.Memory() or device.choose().type == "cuda":
+    if config.memory != schema.Memory() or device.choose().type != "cpu":
         console.note(f"memory: {loaded.memory.line()}")
+    console.note(f"speed: {'; '.join(loaded.speed.parts())}")
     if writes:
         _require_space(work_dir, loaded.model, config)
     on_page = page.About(config, steps, prepared.data.report.lines(), about)
@@ -217,7 +218,7 @@ def _train(
     about, steps, step = on_page.record, on_page.steps, found.step if found else 0
     listeners = loggers.start(config, resume.flat(config), work_dir, step) if writes else []
     pages = [refresh.Refresh(work_dir, on_page)] if writes else []
-    arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose())
+    arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose(), fast=loaded.speed)
     interrupt = Interrupt()
     talk = session.Talk(loaded.model, loaded.tokenizer, continues=config.task == "pretrain")
     with console.progress("training", steps, "steps", start=step) as advance:
