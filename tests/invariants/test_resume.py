@@ -250,3 +250,46 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"no checkpoint in .* is whole"):
         resume.choose(tmp_path, "auto")
     assert resume.choose(tmp_path / "nothing", "auto") is None
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("dpo", {}),
+        ("dpo", {"kind": "full"}),
+        ("kto", {"kind": "freeze"}),
+        ("orpo", {}),
+        ("reward", {"kind": "full"}),
+        ("sft", {"method__lora": {"r": 4, "dora": True, "dropout": 0.2}}),
+        ("sft", {"method__lora": {"r": 4, "init": "pissa"}, "train__lora_plus_ratio": 4.0}),
+        (
+            "sft",
+            {"kind": "full", "train__layer_lr_decay": 0.5, "train__embedding_lr": 1e-3, "train__neftune_alpha": 5.0},
+        ),
+    ],
+    ids=["dpo", "dpo-full", "kto-freeze", "orpo", "reward-full", "dora", "pissa-lora+", "decay-neftune"],
+)
+def test_every_task_and_method_resumes_exactly(task: str, changes: dict[str, object], tmp_path: Path) -> None:
+    """From the middle of an epoch: the newest checkpoint and the result are taken away."""
+    import shutil
+
+    if not (tmp_path / "model").exists():
+        tiny_run.write_model(tmp_path / "model")
+    write = {"kto": tiny_run.write_judged, "sft": tiny_run.write_dialogues}.get(task, tiny_run.write_pairs)
+    settings = {"train__max_steps": 5, "output__save_steps": 3, "output__keep": 2, "data__eval_rows": 2, **changes}
+    config = tiny_run.config(tmp_path / "model", write(tmp_path / "rows.jsonl", 9), task=task, **settings)
+    unbroken = run.run(config, work_dir=tmp_path / "unbroken")
+    broken = tmp_path / "broken"
+    shutil.copytree(unbroken.run_dir, broken)
+    shutil.rmtree(broken / "checkpoint-5")
+    shutil.rmtree(broken / unbroken.artifact.name)
+    done = run.run(config, work_dir=broken, resume="auto")
+    name = "adapter_model.safetensors" if config.method.has_adapter else "model.safetensors"
+    _same(unbroken.artifact / name, done.artifact / name)
+    lines, expected = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (broken, unbroken.run_dir)
+    )
+    for line in (*lines, *expected):
+        [line.pop(name, None) for name in ("tokens_per_s", "memory_gib")]
+    assert lines == expected

@@ -204,6 +204,7 @@ def test_the_file_has_every_field_with_its_comment():
         "data.train.0.columns",
         "data.check",
         "train",
+        "preference",
         "memory",
         "samples",
         "output",

@@ -62,6 +62,7 @@ def test_a_config_pins_each() -> None:
 
 
 def test_what_the_rest_of_the_config_decides() -> None:
+    assert speed.choose(_config(task="orpo"), H100).attention == "sdpa"
     assert speed.choose(_config(model__dtype="fp32"), H100).tf32 is False
     assert speed.choose(_config(memory__mlp_tile_tokens=64), H100).liger is False
     assert speed.choose(_config(train__optimizer="adamw_8bit"), H100).fused_optimizer is False
@@ -73,6 +74,8 @@ def test_what_the_rest_of_the_config_decides() -> None:
         ({"model__attention": "flash_attention_2"}, CPU, "flash_attention_2 needs flash_attn, which is not installed"),
         ({"model__attention": "flash_attention_2"}, replace(CPU, installed=BOTH), "needs a GPU"),
         ({"model__attention": "flex_attention"}, replace(H100, attentions=frozenset(("sdpa",))), "it has eager, sdpa"),
+        ({"model__attention": "flash_attention_2", "task": "orpo"}, H100, "not built for task orpo"),
+        ({"model__attention": "flex_attention"}, CPU, "no backward pass on a CPU"),
         ({"accelerate__liger": True}, CPU, r"not installed: pip install 'fastft\[liger\]'"),
         ({"accelerate__liger": True}, replace(H100, liger=False), "no kernels for this kind of model"),
         ({"accelerate__liger": True}, replace(CPU, installed=BOTH, liger=True), "need a GPU"),
@@ -150,6 +153,37 @@ def test_a_compiled_model_learns_the_same(tmp_path: Path) -> None:
     assert names[0] == names[1]
     # fp32 sums in another order, over three steps.
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+def test_flash_attention_gets_batches_of_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks for documents only there; in several rows it would let them see each other, in silence.
+
+    The choice is put in place of the one for a CPU; the model itself keeps sdpa.
+    """
+    from dataclasses import replace as changed
+
+    from fastft.model import load
+    from fastft.training import run, trainer
+
+    model, data = tiny_run.write_model(tmp_path / "model"), tiny_run.write_dialogues(tmp_path / "rows.jsonl")
+    config = tiny_run.config(model, data, train__max_steps=1, train__batch_size=3)
+    shapes: list[tuple[int, ...]] = []
+    step, read = trainer.FastftTrainer.training_step, load.load_weights
+
+    def watched(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return step(self, model, inputs, *rest)
+
+    def with_flash(*given: Any) -> Any:
+        loaded = read(*given)
+        return changed(loaded, speed=changed(loaded.speed, attention="flash_attention_2"))
+
+    monkeypatch.setattr(trainer.FastftTrainer, "training_step", watched)
+    run.run(config, work_dir=tmp_path / "sdpa")
+    monkeypatch.setattr(load, "load_weights", with_flash)
+    run.run(config, work_dir=tmp_path / "flash")
+    assert [shape[0] for shape in shapes] == [3, 1]
+    assert shapes[1][1] > shapes[0][1]
 
 
 def test_a_run_says_it_and_records_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,6 +240,8 @@ def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    if any(str(name).endswith("ForSequenceClassification") for name in base.config_json.get("architectures") or ()):
+        raise CheckpointError(f"model {base.folder}: a reward model gives an answer a number; it does not talk")
     quiet.hide_loading_bars()
     on = device.choose()
     stored_4bit = quantization.of_checkpoint(base.config_json)
@@ -265,6 +267,8 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
     if not (adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"adapter {adapter}: there is no adapter_config.json; is this an adapter folder?")
+    if json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS":
+        raise CheckpointError(f"adapter {adapter}: a reward model gives an answer a number; it does not talk")
     try:
         return PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, OSError) as cause:

@@ -137,14 +137,16 @@ def folder(setting: str) -> Path:
     return (Path(configured) if configured else Path.home() / ".cache") / "fastft" / "data"
 
 
-def entry(setting: str | None, source: Source, files: Sequence[Path], encoding: Mapping[str, Any]) -> Entry | None:
+def entry(
+    setting: str | None, source: Source, files: Sequence[Path], encoding: Callable[[], Mapping[str, Any]]
+) -> Entry | None:
     """The entry of a source, or None where it is not to be kept.
 
     Args:
         setting: `data.cache`.
         source: its settings.
         files: all files it is made of.
-        encoding: what besides the rows decides the tokens; JSON.
+        encoding: tells what besides the rows decides the tokens; JSON.
     """
     if setting is None or not files:
         return None
@@ -158,7 +160,7 @@ def entry(setting: str | None, source: Source, files: Sequence[Path], encoding: 
     about = {
         "source": source.model_dump(mode="json", exclude=NOT_ABOUT_TOKENS),
         "files": [[str(file), file.stat().st_size, digest] for file, digest in _hashed(files, size_bytes)],
-        "encoding": dict(encoding),
+        "encoding": dict(encoding()),
         "code": _code(),
         "libraries": {name: version(name) for name in ("tokenizers", "transformers", "jinja2", "numpy")},
     }
@@ -216,7 +218,18 @@ def _sha256(path: Path) -> str:
 def _code() -> str:
     """A hash of the modules that make tokens of rows."""
     hashed = hashlib.sha256()
-    for name in ("dialogue", "formats", "packing", "preferences", "prepare", "samples", "sources", "store", "template"):
+    for name in (
+        "byte_level",
+        "dialogue",
+        "formats",
+        "packing",
+        "preferences",
+        "prepare",
+        "samples",
+        "sources",
+        "store",
+        "template",
+    ):
         hashed.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return hashed.hexdigest()
 

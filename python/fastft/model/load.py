@@ -14,9 +14,9 @@ from typing import Any
 from fastft import console
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
-from fastft.model import adapter, device, memory, placement, quantization, quiet, speed
+from fastft.model import adapter, device, freeze, lora_start, memory, placement, quantization, quiet, speed
 from fastft.model.quantization import Quantized
-from fastft.model.tokenizer import load_tokenizer
+from fastft.model.tokenizer import load_tokenizer, pad_id
 
 __all__ = ["Base", "Loaded", "load", "load_tokenizer", "load_weights", "locate"]
 
@@ -132,14 +132,20 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
 
     quiet.hide_loading_bars()
     on = device.choose()
-    kind = config.method.kind
+    # What is true of dtypes with full is true with freeze.
+    kind = "full" if config.method.kind == "freeze" else config.method.kind
     stored_4bit = quantization.of_checkpoint(base.config_json)
     if stored_4bit is not None and kind == "full":
-        raise ConfigError("method: full cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint")
+        raise ConfigError(
+            f"method: {config.method.kind} cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint"
+        )
     if config.model.init == "random" and (kind == "qlora" or stored_4bit is not None):
         raise ConfigError("model.init: random makes new weights, which a 4-bit method would freeze; use method full")
     settings: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
     model_config = read_model_config(base, **settings)
+    if config.task == "reward":
+        model_config.num_labels, model_config.pad_token_id = 1, pad_id(tokenizer)
+    model_class = _model_class(config.task)
     device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
     products = device.products_dtype(config.model.dtype, dtype, kind, on)
@@ -148,7 +154,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if fast.attention is not None:
         settings["attn_implementation"] = fast.attention
     if config.model.init == "random":
-        model = _draw(model_config, dtype, settings, config.train.seed)
+        model = _draw(model_class, model_config, dtype, settings, config.train.seed)
     else:
         if kind == "qlora" and stored_4bit is None:
             assert config.method.quantization is not None
@@ -158,7 +164,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         # A model that is shared out afterwards need not fit on the device; a 4-bit one is packed there.
         waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
         places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on))
-        model = _read(base, model_config, dtype, settings, places)
+        model = _read(model_class, base, model_config, dtype, settings=settings, places=places)
     _check_vocabulary(model, tokenizer, base)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
@@ -166,7 +172,10 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         quantized = quantization.describe(model)
     speed.install(model, fast)
     if config.method.lora is not None:
-        model = adapter.attach(model, config.method.lora, base.name)
+        model = adapter.attach(model, config.method.lora, base.name, config.task)
+        lora_start.start(model, config.method.lora, base.weights_folder)
+    if config.method.trained_layers is not None:
+        freeze.freeze(model, config.method.trained_layers)
     switches = memory.choose(config, memory.facts_of(model, on), on)
     memory.install(model, switches, on)
     return Loaded(model, tokenizer, base.folder, base, quantized, products, switches, fast)
@@ -210,23 +219,36 @@ def checkpoint_dtype(base: Base) -> Any:
     return torch.float32
 
 
-def _draw(model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
-    from transformers import AutoModelForCausalLM, set_seed
+def _model_class(task: schema.Task) -> Any:
+    """What transformers makes of a base: a model with a head for words, or for one number (task reward)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
+
+
+def _draw(model_class: Any, model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
+    from transformers import set_seed
 
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
+    return model_class.from_config(model_config, dtype=dtype, **settings)
 
 
-def _read(base: Base, model_config: Any, dtype: Any, settings: Mapping[str, Any], places: Mapping[str, str]) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def _read(
+    model_class: Any,
+    base: Base,
+    model_config: Any,
+    dtype: Any,
+    *,
+    settings: Mapping[str, Any],
+    places: Mapping[str, str],
+) -> Any:
     place = {"device_map": dict(places)} if "quantization_config" in settings or places[""] != "cpu" else {}
     several = len(places) > 1
     if several:
         quantization.allow_parts_in_ram(settings.get("quantization_config"), model_config)
     try:
         with placement.without_offload_hooks() if several else nullcontext():
-            return AutoModelForCausalLM.from_pretrained(
+            return model_class.from_pretrained(
                 base.weights_folder, config=model_config, dtype=dtype, **place, **settings
             )
     except (OSError, ValueError, KeyError) as cause:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FLASH, LIGER = "flash_attn", "liger_kernel"
 # Devices for which torch has AdamW as one kernel (torch.optim, 2.6 and later).
 _FUSED = frozenset(("cuda", "xpu", "mps", "cpu"))
+# Tasks whose batches are laid into one row, the only form in which flash attention tells documents apart.
+_FLATTENED = frozenset(("pretrain", "sft"))
 # TF32 and FlashAttention-2 came with this CUDA capability.
 _AMPERE = (8, 0)
 
@@ -120,7 +122,7 @@ def choose(config: schema.Config, facts: Facts) -> Speed:
         return value
 
     return Speed(
-        attention=of("attention", config.model.attention, _attention(facts)),
+        attention=of("attention", config.model.attention, _attention(config, facts)),
         liger=of("liger", wanted.liger, _liger(config, facts)),
         compile=of("compile", wanted.compile, (False, "it takes minutes at the start")),
         tf32=of("tf32", wanted.tf32, _tf32(config, facts)),
@@ -150,7 +152,7 @@ def compile_layers(model: Any) -> None:
         layer.compile(dynamic=True)
 
 
-def _attention(facts: Facts) -> tuple[str | None, str]:
+def _attention(config: schema.Config, facts: Facts) -> tuple[str | None, str]:
     known = facts.attentions
     if known is None:
         return None, "the model's own code decides"
@@ -159,6 +161,8 @@ def _attention(facts: Facts) -> tuple[str | None, str]:
             return ("sdpa" if "sdpa" in known else "eager"), f"{FLASH} is not installed"
         if facts.capability is not None and facts.capability < _AMPERE:
             return ("sdpa" if "sdpa" in known else "eager"), "the card is older than flash attention"
+        if config.task not in _FLATTENED:
+            return ("sdpa" if "sdpa" in known else "eager"), f"flash attention is not built for task {config.task}"
         if facts.products_16bit:
             return "flash_attention_2", f"{FLASH} is installed"
         return ("sdpa" if "sdpa" in known else "eager"), "flash attention has no fp32"
@@ -206,6 +210,12 @@ def _refuse(config: schema.Config, facts: Facts) -> None:
             )
         if facts.device == "cpu":
             raise ConfigError("model.attention: flash_attention_2 needs a GPU; use auto or sdpa")
+        if config.task not in _FLATTENED:
+            raise ConfigError(
+                f"model.attention: flash_attention_2 is not built for task {config.task}; use auto or sdpa"
+            )
+    if attention == "flex_attention" and facts.device == "cpu":
+        raise ConfigError("model.attention: flex_attention has no backward pass on a CPU; use auto or sdpa")
     if wanted.liger is True:
         if LIGER not in facts.installed:
             raise ConfigError("accelerate.liger: it is not installed: pip install 'fastft[liger]', or set auto")

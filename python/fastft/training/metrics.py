@@ -1,6 +1,7 @@
 """What a run measures: one JSON object per line in metrics.jsonl, and the status line on the console.
 
-A line holds step, epoch and either loss, lr, grad_norm, tokens_per_s, memory_gib, or eval_loss. It is flushed at once, so that a
+A line holds step, epoch and either loss, lr, grad_norm, tokens_per_s, memory_gib, or eval_loss; of a preference task
+also accuracy and margin. It is flushed at once, so that a
 killed run shows how far it came; a resumed run drops the lines that its checkpoint does not know and goes on.
 """
 
@@ -16,7 +17,15 @@ from fastft import console
 
 Advance = Callable[..., None]
 # Trainer's names of what is kept; everything else that it logs (flos, runtime) is not.
-_NAMES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "eval_loss"}
+_NAMES = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "grad_norm": "grad_norm",
+    "eval_loss": "eval_loss",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "eval_accuracy": "eval_accuracy",
+}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from fastft import console
 from fastft.config import schema, show
-from fastft.errors import ConfigError, DataError, FileError, TrainingError
-from fastft.model import device, quiet, tokenizer
+from fastft.errors import DataError, FileError, TrainingError
+from fastft.model import device, lora_start, quiet, tokenizer
 from fastft.model import load as model_load
 from fastft.training import folder, launch, resume
 from fastft.training.checkpoint import Checkpoint
@@ -70,9 +70,25 @@ def dry_run(config: schema.Config, *, work_dir: Path, processes: int = 1) -> Non
     prepared = _prepare(config)
     from fastft.training import trainer
 
-    steps = trainer.total_steps(config.train, len(prepared.data.train), processes)
+    if config.task in ("pretrain", "sft"):
+        console.note(_first_batch(config, prepared))
+    steps = trainer.total_steps(config.train, _num_rows(config, prepared.data), processes)
     by = f" by {processes} processes" if processes > 1 else ""
     console.note(f"dry run: {steps} steps would be made in {work_dir}{by}; nothing was trained")
+
+
+def _first_batch(config: schema.Config, prepared: Prepared) -> str:
+    """What the first process would see first: rows, their length, how many of the tokens are learned."""
+    from fastft.data.collate import Collator
+    from fastft.data.samples import NOT_LEARNED
+    from fastft.training.batches import EpochBatches
+
+    rows, train = prepared.data.train, config.train
+    order = EpochBatches(len(rows), train.batch_size, shuffle=config.data.shuffle, seed=train.seed)
+    batch = Collator(tokenizer.pad_id(prepared.tokenizer))([rows[index] for index in next(iter(order))])
+    count, length = batch["input_ids"].shape
+    learned = int((batch["labels"] != NOT_LEARNED).sum())
+    return f"first batch: {count} rows of {length} tokens, {learned} of {count * length} learned"
 
 
 def run(config: schema.Config, *, work_dir: Path, resume: str | None = None) -> RunResult:
@@ -112,8 +128,9 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     from fastft.training import checkpoint, metrics, page, record, refresh, trainer
 
     processes = launch.num_processes()
-    steps = trainer.total_steps(config.train, len(prepared.data.train), processes)
-    counts = {"rows": len(prepared.data.train), "tokens": prepared.data.train.num_tokens, "processes": processes}
+    rows = _num_rows(config, prepared.data)
+    steps = trainer.total_steps(config.train, rows, processes)
+    counts = {"rows": rows, "tokens": prepared.data.train.num_tokens, "processes": processes}
     if found is not None:
         resume.check_same_run(found, config, counts)
         console.note(f"going on from {found.path} (step {found.step} of {steps})")
@@ -127,6 +144,8 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     set_seed(config.train.seed)  # adapters and new weights are drawn while loading
     with _fits_on_gpu(config, lambda: "reading the weights"):
         loaded = model_load.load_weights(config, prepared.base, prepared.tokenizer)
+    if found is not None:
+        lora_start.check(found.path, loaded.model)
     about = record.describe(config, loaded, counts, steps)
     console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
     if config.memory != schema.Memory() or device.choose().type != "cpu":
@@ -137,7 +156,7 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     on_page = page.About(config, steps, prepared.data.report.lines(), about)
     loss, weights = _train(config, work_dir, loaded, prepared.data, on_page, found=found, writes=writes)
 
-    artifact = work_dir / ("model" if config.method.kind == "full" else "adapter")
+    artifact = work_dir / ("adapter" if config.method.has_adapter else "model")
     if writes:
         _write_result(artifact, work_dir, loaded, about, weights)
         lines = metrics.read(work_dir / "metrics.jsonl")
@@ -170,14 +189,9 @@ def _prepare(config: schema.Config) -> Prepared:
     from fastft.data import check, preview
     from fastft.data import prepare as data_prepare
 
-    if config.task not in ("pretrain", "sft"):
-        raise ConfigError(
-            f"task {config.task}: `train` does not know it yet; allowed are sft and pretrain (`check-dataset` and "
-            "`log-dataset` read its data)"
-        )
     base = model_load.locate(config.model)
     words = tokenizer.load_tokenizer(base.weights_folder, config.model)
-    if config.task == "sft":
+    if config.task != "pretrain":
         tokenizer.require_chat_template(words, config.model)
     data = data_prepare.prepare(config.data, config.task, words, config.train.seed, batch_size=config.train.batch_size)
     for line in data.report.lines():
@@ -208,7 +222,6 @@ def _train(
     import torch
 
     from fastft.chat import session
-    from fastft.data.collate import Collator
     from fastft.training import loggers, record, refresh, trainer
     from fastft.training.interrupt import Interrupt
     from fastft.training.metrics import Metrics
@@ -218,7 +231,14 @@ def _train(
     about, steps, step = on_page.record, on_page.steps, found.step if found else 0
     listeners = loggers.start(config, resume.flat(config), work_dir, step) if writes else []
     pages = [refresh.Refresh(work_dir, on_page)] if writes else []
+    flatten = loaded.speed.attention == "flash_attention_2"
+    learning = _learning(config, data, tokenizer.pad_id(loaded.tokenizer), flatten=flatten)
     arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose(), fast=loaded.speed)
+
+    def beside(place: Path) -> None:
+        record.write(place, about)
+        lora_start.write(place, loaded.model)
+
     interrupt = Interrupt()
     talk = session.Talk(loaded.model, loaded.tokenizer, continues=config.task == "pretrain")
     with console.progress("training", steps, "steps", start=step) as advance:
@@ -232,22 +252,22 @@ def _train(
             speaks=writes,
             together=trainer.shares_weights(config),
         )
-        has_eval = data.eval is not None and len(data.eval) > 0
+        has_eval = learning.eval_rows is not None and len(learning.eval_rows) > 0
         with _fits_on_gpu(config, status.where):
-            work = trainer.FastftTrainer(
+            work = learning.trainer(
                 config=config,
                 model=loaded.model,
                 args=arguments,
-                collate=Collator(tokenizer.pad_id(loaded.tokenizer)),
-                train_rows=data.train,
-                eval_rows=data.eval if has_eval else None,
+                collate=learning.collate,
+                train_rows=learning.train_rows,
+                eval_rows=learning.eval_rows if has_eval else None,
                 tokenizer=loaded.tokenizer,
                 callbacks=[
                     *(metrics, answers, Periodic(config.train.eval_steps if has_eval else None), interrupt),
                     *pages,
                 ],
                 record={"config": resume.flat(config), "data": about["data"]},
-                extra_files=lambda place: record.write(place, about),
+                extra_files=beside,
             )
             status.trainer = work
             with interrupt.listening(), _disk_named(work_dir):
@@ -261,9 +281,45 @@ def _train(
         raise SystemExit(interrupt.exit_code)
     if not torch.isfinite(torch.tensor(float(output.training_loss))):
         raise TrainingError(f"the training ended with a loss of {output.training_loss}")
-    if about["method"] == "full" and config.distributed.deepspeed is None:  # whose weights are 16-bit already
+    if (
+        about["method"] in {"full", "freeze"} and config.distributed.deepspeed is None
+    ):  # whose weights are 16-bit already
         _in_dtype_of_base(loaded)
     return float(output.training_loss), work.gathered_weights()
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a task learns from, and by which trainer."""
+
+    trainer: Any
+    collate: Any
+    train_rows: Any
+    eval_rows: Any
+
+
+def _learning(config: schema.Config, data: Any, pad_id: int, *, flatten: bool) -> Learning:
+    """What is learned from; `flatten` lays a batch's rows into one, which flash attention needs to tell them apart."""
+    from fastft.data.collate import Collator
+    from fastft.data.preference_rows import RowCollator, Rows
+    from fastft.training import trainer
+
+    if config.task in ("pretrain", "sft"):
+        return Learning(trainer.FastftTrainer, Collator(pad_id, flatten=flatten), data.train, data.eval)
+    from fastft.training.preferences import PreferenceTrainer
+
+    train, evaluation = (
+        None if part is None else Rows(part, config.task, max_length=config.data.max_length, seed=config.train.seed)
+        for part in (data.train, data.eval)
+    )
+    return Learning(PreferenceTrainer, RowCollator(pad_id), train, evaluation)
+
+
+def _num_rows(config: schema.Config, data: Any) -> int:
+    """Rows to learn from; a pair of answers is one."""
+    from fastft.data import formats, preference_rows
+
+    return preference_rows.num_rows(data.train, pairs=config.task in formats.PAIR_TASKS)
 
 
 class Status:
@@ -290,6 +346,7 @@ def _fits_on_gpu(config: schema.Config, where: Callable[[], str]) -> Iterator[No
         yield
     except torch.OutOfMemoryError as cause:
         smaller = {
+            "freeze": "train fewer layers (method.trained_layers), or use method lora or qlora",
             "full": "set model.dtype: bf16 and train.optimizer: adamw_8bit, or use method lora or qlora",
             "lora": "use method qlora",
             "qlora": "choose a smaller model",
@@ -322,6 +379,7 @@ def _write_result(
     try:
         with publish.staged(artifact, force=True) as staging:
             trainer.save_model(loaded.model, loaded.tokenizer, staging, weights)
+            lora_start.convert(staging, loaded.model)
             record.write(staging, about)
         record.write(work_dir, about)
     except OSError as cause:

@@ -19,7 +19,7 @@ from fastft import console
 from fastft.config import schema
 from fastft.errors import TrainingError
 from fastft.model import adapter, memory, speed
-from fastft.training import checkpoint, deepspeed, loss, sharding
+from fastft.training import checkpoint, deepspeed, groups, loss, sharding
 from fastft.training.batches import EpochBatches, EpochLoader
 from fastft.training.host_checkpoints import HostCheckpoints
 
@@ -72,6 +72,7 @@ def arguments(
         adam_beta1=train.betas[0],
         adam_beta2=train.betas[1],
         max_grad_norm=train.max_grad_norm,
+        neftune_noise_alpha=train.neftune_alpha,
         logging_strategy="steps",
         logging_steps=train.log_steps,
         logging_first_step=True,
@@ -153,7 +154,7 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         # Packed documents are told apart only without a cache (spec training.md 2).
         causal_lm.config.use_cache = False
         _set_checkpointing(causal_lm, memory.checkpoints(config, args.device))
-        loss.install(causal_lm)
+        self.install_loss(causal_lm)
         if config.accelerate.compile is True:
             speed.compile_layers(model)
         if config.distributed.fsdp:
@@ -172,6 +173,16 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         if self.config.distributed.fsdp:
             # The model is sharded already: autocast is wanted, DDP around it is not.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def install_loss(self, causal_lm: Any) -> None:
+        """Replace the model's loss by the chunked one, where that gives the same."""
+        self.has_chunked_loss = loss.install(causal_lm)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            groups.split(self.optimizer, self.model, self.config.train)
+        return self.optimizer
 
     def get_train_dataloader(self) -> Any:
         args = self.args
