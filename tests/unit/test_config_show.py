@@ -209,6 +209,7 @@ def test_the_file_has_every_field_with_its_comment():
         "memory",
         "samples",
         "output",
+        "accelerate",
         "distributed",
     }
     assert max(map(len, text.splitlines())) < 200
