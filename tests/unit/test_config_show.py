@@ -205,7 +205,6 @@ def test_the_file_has_every_field_with_its_comment():
         "data.check",
         "preference",
         "train",
-        "preference",
         "memory",
         "samples",
         "output",
