@@ -51,7 +51,7 @@ demo: $(BUILT)
 	$(FASTFT) chat demo --temperature 0 --prompt "Who are you?"
 	@echo; echo "--- the merged model, asked the same:"
 	$(FASTFT) chat $(DEMO)-merged --temperature 0 --prompt "Who are you?"
-	@echo; echo "the run:     $(DEMO)  (loss.png, metrics.jsonl, samples.jsonl, config.yaml, adapter/)"
+	@echo; echo "the run:     $(DEMO)  (report.html, loss.png, metrics.jsonl, samples.jsonl, config.yaml, adapter/)"
 	@echo "the model:   $(DEMO)-merged  (loads in transformers and every tool that reads its folders)"
 	@echo "talk to it:  $(FASTFT) chat $(DEMO)-merged"
 	@echo "your data:   $(FASTFT) copy-cfg demo my.yaml   then edit data.train and: $(FASTFT) train my.yaml"

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +23,22 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/data is not there: real tokenizers and data sets cannot be read")
     return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """Bytes as tokens: a token per character of ASCII, so that lengths can be counted by eye."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({sign: index for index, sign in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", pad_token="<p>")
+    fast.add_tokens(["<u>", "<a>"], special_tokens=True)
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a>' }}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    return fast

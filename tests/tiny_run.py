@@ -74,10 +74,30 @@ def write_texts(path: Path, count: int = 12) -> Path:
     return path
 
 
+def write_pairs(path: Path, count: int = 12) -> Path:
+    """Write questions with a better and a worse answer; the answers differ in length."""
+    rows = [
+        {"prompt": QUESTIONS[n], "chosen": "apple " * (n % 5 + 1), "rejected": "pear " * (n % 3 + 1)}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_judged(path: Path, count: int = 12) -> Path:
+    """Write questions with one answer each, every other one of them called good."""
+    rows = [
+        {"prompt": QUESTIONS[n], "completion": ("apple " if n % 2 else "pear ") * (n % 4 + 1), "label": bool(n % 2)}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def config(model: Path, data: Path, *, task: str = "sft", kind: str = "lora", **changes: Any) -> Config:
     """A run's config; `changes` are dotted keys with a double underscore: train__lr=1e-3."""
     method: dict[str, Any] = {"kind": kind}
-    if kind != "full":
+    if kind in ("lora", "qlora"):
         method["lora"] = {"r": 4, "alpha": 8}
     plain: dict[str, Any] = {
         "name": "tiny",

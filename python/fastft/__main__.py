@@ -8,6 +8,7 @@ import inspect
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from fastft import console
 from fastft.cli import table, words
 from fastft.cli.job import Job
 from fastft.errors import FastftError
+
+_AFTER_THE_FIRST_S = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastftError as problem:
         if debug:
             _print_traceback()
+        _let_the_first_speak()
         console.error(str(problem))
         return problem.exit_code
     except KeyboardInterrupt:
@@ -94,6 +98,17 @@ def _fire() -> Any:
         if needed:
             del sys.modules["asyncio"]
     return fire
+
+
+def _let_the_first_speak() -> None:
+    """Wait, in all but the first of several training processes.
+
+    What fails in all of them is said by the first; the others are ended then. What fails here alone is said.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(_AFTER_THE_FIRST_S)
+        console.note(f"in process {rank}:")
 
 
 def _about_machine(problem: OSError | MemoryError) -> str:

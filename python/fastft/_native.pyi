@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "ByteLevel",
+    "ByteLevelScan",
     "TensorInfo",
     "block_maxima",
     "build_info",
@@ -138,6 +140,57 @@ def block_maxima(
 
     The arguments and errors are those of `run_plan`; also a PlanError when the plan does not quantize exactly one tensor.
     """
+
+@final
+class ByteLevel:
+    """A byte-level tokenizer that remembers the tokens of pieces.
+
+    Args:
+        pattern: gpt2, qwen2 or llama3: how a text is cut into pieces.
+        first: content and id of the added tokens that are looked for first.
+        then: those looked for in what is left.
+        shapes: three u16 for each token by id: its bytes of text, and how many bytes of white space at its start and its
+            end are not counted as part of it.
+    """
+
+    def __new__(
+        cls,
+        pattern: str,
+        first: Sequence[tuple[str, int]],
+        then: Sequence[tuple[str, int]],
+        shapes: bytes,
+    ) -> ByteLevel: ...
+    def learn_block(self, block: int, classes: bytes) -> None:
+        """Learn the classes of 4,096 characters: 1 is a letter, 2 a number, 3 white space, 0 something else."""
+
+    def scan(self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], threads: int) -> ByteLevelScan:
+        """Cut texts and look up their pieces; `spans` are the learned stretches of each in characters, in order.
+
+        Raises ValueError for spans that are outside their text or out of order.
+        """
+
+    def finish(self, scan: ByteLevelScan, answers: Sequence[Sequence[int]]) -> tuple[bytes, bytes, bytes]:
+        """Put the tokens together, `answers` being those of `scan.asked`, and remember them.
+
+        Returns ids (u32), whether each is learned (u8) and the number of tokens of each text (u64), one text after the
+        other. Raises ValueError where the answers do not fit.
+        """
+
+@final
+class ByteLevelScan:
+    """What `ByteLevel.scan` found."""
+
+    @property
+    def blocks(self) -> list[int]:
+        """Blocks of characters to be learned; then the texts must be scanned again."""
+
+    @property
+    def refused(self) -> list[int]:
+        """Numbers of the texts that cannot be cut here; they get no tokens."""
+
+    @property
+    def asked(self) -> list[bytes]:
+        """Pieces whose tokens are not known."""
 
 def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[int]]:
     """Indices of `sizes` (bytes) by shard of at most `max_shard_size` bytes, greedy in order as huggingface_hub does it."""

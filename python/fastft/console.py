@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 BAR_AFTER_S = 2.0
 # Seconds between two plain progress lines when stderr is no terminal.
 PLAIN_LINE_EVERY_S = 10.0
+# Columns from which there is room for everything.
+WIDE = 110
 
 _consoles: "dict[str, Console]" = {}
 # The file that gets a copy of all notes (a run's log.txt), and whether this process keeps quiet (all but the first
@@ -147,13 +149,14 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: float, unit: str = "") -> Iterator[Advance]:
+def progress(what: str, total: float, unit: str = "", start: float = 0) -> Iterator[Advance]:
     """A bar on stderr that appears after `BAR_AFTER_S`; plain lines when stderr is no terminal.
 
     Args:
         what: the work, in a few words ("merging").
         total: amount of work, in `unit`.
         unit: "B" shows bytes with a rate; anything else is printed as it is.
+        start: amount done before, by a run that is resumed; the time left is counted from there.
 
     Yields:
         `advance(done, text)`: sets the amount done; `text` is shown at the end of the line (loss, tokens/s).
@@ -164,7 +167,7 @@ def progress(what: str, total: float, unit: str = "") -> Iterator[Advance]:
         return
     started = time.monotonic()
     if not sys.stderr.isatty():
-        yield _plain_lines(what, total, unit, started)
+        yield _plain_lines(what, total, unit, started, start)
         return
     from rich.progress import (
         BarColumn,
@@ -176,17 +179,21 @@ def progress(what: str, total: float, unit: str = "") -> Iterator[Advance]:
         TransferSpeedColumn,
     )
 
-    amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (MofNCompleteColumn(), TextColumn(unit))
+    # What is said behind the bar matters more than the bar where there is little room.
+    narrow = stderr().width < WIDE and unit != "B"
+    units = (TextColumn(unit),) if unit and not narrow else ()
+    amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (MofNCompleteColumn(), *units)
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        *(() if narrow else (TextColumn("{task.description}"),)),
+        BarColumn(bar_width=8 if narrow else 24),
         *amounts,
         TimeRemainingColumn(compact=True),
+        TextColumn("left"),
         TextColumn("{task.fields[text]}"),
         console=stderr(),
         transient=True,
     )
-    task = bar.add_task(what, total=total, text="")
+    task = bar.add_task(what, total=total, completed=int(start), text="")
     shown = False
 
     def advance(done: float, text: str = "") -> None:
@@ -203,7 +210,7 @@ def progress(what: str, total: float, unit: str = "") -> Iterator[Advance]:
             bar.stop()
 
 
-def _plain_lines(what: str, total: float, unit: str, started: float) -> Advance:
+def _plain_lines(what: str, total: float, unit: str, started: float, start: float) -> Advance:
     last = started
 
     def advance(done: float, text: str = "") -> None:
@@ -217,7 +224,7 @@ def _plain_lines(what: str, total: float, unit: str, started: float) -> Advance:
             amount = f"{done / 1e6:.0f}/{total / 1e6:.0f} MB, {done / elapsed_s / 1e6:.0f} MB/s"
         else:
             amount = f"{done:.0f}/{total:.0f} {unit}".strip()
-        left = f", {(total - done) * elapsed_s / done:.0f} s left" if done > 0 else ""
+        left = f", {(total - done) * elapsed_s / (done - start):.0f} s left" if done > start else ""
         note(f"{what}: {amount}{left} ({elapsed_s:.0f} s so far) {text}".rstrip())
 
     return advance

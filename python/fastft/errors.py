@@ -44,6 +44,10 @@ class FileError(FastftError, OSError):
     """The disk, a path or a permission stands in the way."""
 
 
+class BusyError(FileError):
+    """Another process is writing the same target; waiting helps."""
+
+
 class HubError(FastftError, OSError):
     """A model or data set could not be fetched or is not there."""
 

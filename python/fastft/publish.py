@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastft import _native, console
-from fastft.errors import FileError
+from fastft.errors import BusyError, FileError
 
 # Endings of files that model, adapter and checkpoint folders hold. A folder with anything else in it is not replaced.
 _KNOWN_ENDINGS = frozenset(
@@ -206,7 +206,7 @@ def _lock(target: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise FileError(
+            raise BusyError(
                 f"another process is writing {target}; wait until it is done, or choose another folder"
             ) from None
         except OSError:  # a file system without locks

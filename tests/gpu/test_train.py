@@ -51,7 +51,7 @@ def _lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def _without_times(run_dir: Path) -> list[str]:
-    return [json.dumps({**line, "tokens_per_s": None}) for line in _lines(run_dir)]
+    return [json.dumps({**line, "tokens_per_s": None, "memory_gib": None}) for line in _lines(run_dir)]
 
 
 def _losses(run_dir: Path) -> list[float]:

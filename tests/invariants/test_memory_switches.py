@@ -175,7 +175,10 @@ def _run_settings(switches: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    return [{**json.loads(line), "tokens_per_s": None} for line in (run_dir / name).read_text().splitlines()]
+    return [
+        {**json.loads(line), "tokens_per_s": None, "memory_gib": None}
+        for line in (run_dir / name).read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -212,7 +212,10 @@ def test_a_file_that_is_no_mapping_is_refused(write, text):
         ),
         ("train: 5", "my.yaml:8: train: 5 came; allowed: a mapping with the keys epochs,"),
         ("train:", "my.yaml:8: train: nothing came; allowed: a mapping with the keys epochs,"),
-        ("task: sftt", "my.yaml:8: task: text 'sftt' came; allowed: pretrain or sft; did you mean sft?"),
+        (
+            "task: sftt",
+            "my.yaml:8: task: text 'sftt' came; allowed: pretrain, sft, dpo, orpo, reward or kto; did you mean sft?",
+        ),
         (
             "output: {save_steps: 0}",
             "my.yaml:8: output.save_steps: 0 came; allowed: a whole number of at least 1 or null",

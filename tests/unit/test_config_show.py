@@ -202,10 +202,14 @@ def test_the_file_has_every_field_with_its_comment():
         "data",
         "data.train",
         "data.train.0.columns",
+        "data.check",
+        "preference",
         "train",
         "memory",
         "samples",
         "output",
+        "accelerate",
+        "distributed",
     }
     assert max(map(len, text.splitlines())) < 200
 

@@ -13,23 +13,9 @@ from fastft.errors import DataError, FileError
 DEFAULTS: dict[str, Any] = {"max_length": 64, "packing": False}
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """Bytes as tokens: a token per character of ASCII, so that lengths can be counted by eye."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({sign: index for index, sign in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", pad_token="<p>")
-    fast.add_tokens(["<u>", "<a>"], special_tokens=True)
-    fast.chat_template = (
-        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a>' }}{{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}<a>{% endif %}"
-    )
-    return fast
+@pytest.fixture
+def tokenizer(byte_tokenizer: Any) -> Any:
+    return byte_tokenizer
 
 
 def prepared(tokenizer: Any, path: Path, rows: list[Any], task: str = "sft", **settings: Any) -> Prepared:
@@ -222,13 +208,17 @@ def test_no_template_and_no_eos_are_clear_errors(tokenizer: Any, tmp_path: Path)
     assert prepare(data, "sft", bare, 0, chat_template=tokenizer.chat_template).chat_template == tokenizer.chat_template
 
 
-def test_a_template_that_ends_no_turn_is_warned_of(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_template_that_ends_no_turn_gets_eos_or_a_warning(tokenizer: Any, tmp_path: Path) -> None:
     own = tokenizer.chat_template
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     try:
+        result = prepared(tokenizer, tmp_path / "a.jsonl", alpaca(("a", "b")))
+        assert shown(tokenizer, result) == ["user: a\nassistant: b\n<e>"]
+        assert "    the chat template ends no turn; <e> is put behind the last answer" in result.report.lines()
+        tokenizer.eos_token = None
         lines = prepared(tokenizer, tmp_path / "a.jsonl", alpaca(("a", "b"))).report.lines()
     finally:
-        tokenizer.chat_template = own
+        tokenizer.chat_template, tokenizer.eos_token = own, "<e>"
     assert any(line.startswith("  warning: the chat template ends no turn") for line in lines)
     assert all(len(line) <= 80 for line in lines if str(tmp_path) not in line)
 

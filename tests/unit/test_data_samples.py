@@ -5,7 +5,7 @@ import pytest
 
 from fastft.data.collate import Collator
 from fastft.data.dialogue import Where
-from fastft.data.samples import Documents, Samples
+from fastft.data.samples import Collection, Documents, Pairs, Places, Samples
 
 
 @pytest.fixture
@@ -47,11 +47,38 @@ def test_counts_and_places(samples: Samples) -> None:
 
 
 def test_documents_can_be_taken_in_any_order(samples: Samples) -> None:
-    taken = samples.documents.take([2, 0])
+    documents = samples.collection.parts[0]
+    taken = documents.take([2, 0])
     assert taken.ids.tolist() == [15, 16, 17, 18, 10, 11, 12]
     assert taken.learned.tolist() == [False, False, True, True, False, True, True]
     assert taken.starts.tolist() == [0, 4, 7]
-    assert samples.documents.take([]).ids.tolist() == []
+    assert documents.take([]).ids.tolist() == []
+
+
+def test_rows_may_hold_documents_twice_or_never_and_of_several_sources(samples: Samples) -> None:
+    other = Documents(
+        np.asarray([1, 2], dtype=np.int32),
+        np.asarray([False, True]),
+        np.asarray([0, 2], dtype=np.int64),
+        Places.of([Where("c.csv", 3, "line")]),
+    )
+    both = Collection([samples.collection.parts[0], other])
+    mixed = Samples(both, np.asarray([0, 2, 4], dtype=np.int64), np.asarray([3, 1, 3, 0], dtype=np.int64))
+    assert [row["input_ids"] for row in mixed] == [[1, 2, 13, 14], [1, 2, 10, 11, 12]]
+    assert [row["labels"] for row in mixed] == [[-100, 2, -100, 14], [-100, 2, -100, 11, 12]]
+    assert [str(place) for place in mixed.places(1)] == ["c.csv:3", "a.json, row 1"]
+    assert (mixed.num_documents, mixed.num_tokens, mixed.num_learned_tokens) == (4, 9, 5)
+    assert mixed.lengths().tolist() == [4, 5]
+
+
+def test_pairs_stand_side_by_side(samples: Samples) -> None:
+    documents = samples.collection.parts[0].take([0, 1])
+    pairs = Pairs(Samples(documents, np.arange(3, dtype=np.int64)))
+    assert len(pairs) == 1
+    assert pairs[0]["chosen"]["input_ids"] == pairs[-1]["chosen"]["input_ids"] == [10, 11, 12]
+    assert pairs[0]["rejected"]["labels"] == [-100, 14]
+    with pytest.raises(IndexError):
+        pairs[1]
 
 
 def test_padding_is_a_document_of_its_own(samples: Samples) -> None:

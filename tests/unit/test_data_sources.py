@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fastft.data import sources
 from fastft.errors import DataError, FileError
@@ -89,6 +91,68 @@ def test_shapes_of_json(tmp_path: Path, text: str, values: list[object]) -> None
     assert [row.value for row in sources.rows(path)] == values
 
 
+ARRAYS = st.lists(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+        max_leaves=6,
+    ),
+    max_size=8,
+)
+
+
+@given(values=ARRAYS, indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans(), chunk=st.integers(1, 64))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_array_read_in_pieces_is_the_array(
+    tmp_path: Path, values: list[object], indent: int | None, ascii_only: bool, chunk: int
+) -> None:
+    """Whatever the size of the pieces: a value, a number, a character may lie across their border."""
+    path = tmp_path / "a.json"
+    text = json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    path.write_bytes(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK_CHARACTERS", chunk)
+        rows = list(sources.rows(path))
+    assert [row.value for row in rows] == values
+    assert [row.where.number for row in rows] == list(range(1, len(values) + 1))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
+@pytest.mark.parametrize(
+    "text",
+    ['[{"a": 1},\n {"b": 2}\n {"c": 3}]', '[{"a": 1},\n {"b": }]', '[{"a": 1}', "[1, 2", "[1]\n\n  x", "[1,]", "[,1]"],
+)
+def test_a_broken_array_is_told_where_json_loads_tells_it(
+    tmp_path: Path, text: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", chunk)
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    with pytest.raises(DataError) as caught:
+        list(sources.rows(path))
+    assert f"a.json:{expected.value.lineno}: broken JSON" in str(caught.value)
+    assert f"at column {expected.value.colno}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl"])
+def test_a_large_file_is_not_held_in_memory(tmp_path: Path, name: str) -> None:
+    import tracemalloc
+
+    path = tmp_path / name
+    row = {"text": "x" * 1000}
+    lines = {"a.json": json.dumps([row] * 30_000), "a.jsonl": (json.dumps(row) + "\n") * 30_000}
+    path.write_text(lines.get(name, "text\n" + ("x" * 1000 + "\n") * 30_000), encoding="utf-8")
+    tracemalloc.start()
+    try:
+        assert sum(len(found.value["text"]) for found in sources.rows(path)) == 30_000_000
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 10_000_000  # of 30 MB; pieces of 1 MB, their copies, and one row
+
+
 def test_a_text_file_is_one_row(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo\n", encoding="utf-8")
@@ -153,6 +217,7 @@ class HubPlace:
 def test_a_hub_data_set_is_read_through_datasets(tmp_path: Path) -> None:
     """A folder is a data set for `load_dataset` too: the same road, without a hub."""
     written(tmp_path, "train.jsonl")
-    rows = list(sources.hub_rows(HubPlace(str(tmp_path))))
+    place = HubPlace(str(tmp_path))
+    rows = list(sources.table_rows(sources.hub_table(place), sources.hub_name(place)))
     assert [row.value for row in rows] == ROWS
     assert str(rows[1].where).endswith("/train, row 2")

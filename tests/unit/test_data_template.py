@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastft.data import formats, sources
 from fastft.data.dialogue import Message
 from fastft.data.formats import BadRowError
 from fastft.data.template import ChatTemplate
@@ -65,8 +66,8 @@ NO_SYSTEM = {
     "trl/gemma.jinja",
     "trl/gemma_training.jinja",
     "onnxruntime/phi3_tokenizer_config.json",
-    "llama.cpp/mistralai-Mistral-Nemo-Instruct-2407.jinja",
 }
+NEMO = "llama.cpp/mistralai-Mistral-Nemo-Instruct-2407.jinja"
 
 
 def said(*texts: str, system: str | None = None) -> list[Message]:
@@ -157,16 +158,23 @@ def test_ids_equal_transformers_and_answers_are_learned(
         with pytest.raises(BadRowError, match=r"System role not supported|leaves out the text of turn 1 \(system\)"):
             template.encode(messages)
         return
+    if dialogue == "system" and name == NEMO:
+        return  # test_a_system_message_that_only_the_prompt_shows
     ids, mask = template.encode(messages)
-    assert ids.tolist() == tokenizer.apply_chat_template(as_dicts(messages, name), return_dict=False)
-    assert mask.shape == ids.shape
-
     end, strips, lead_last, lead = TEMPLATES[name]
     end = tokenizer.eos_token if end == "EOS" else end
+    # A template without any end: the last answer gets eos, the others are ended by what opens the user's turn.
+    appended = [] if end else [tokenizer.eos_token_id]
+    assert ids.tolist() == tokenizer.apply_chat_template(as_dicts(messages, name), return_dict=False) + appended
+    assert mask.shape == ids.shape
+
     text, spans = template.learned_spans(messages)
     answers = [message.content for message in messages if message.learn]
+    last = len(answers) - 1
     expected = [
-        (lead_last if index == len(answers) - 1 else lead) + (answer.strip() if strips else answer) + end
+        (lead_last if index == last else lead)
+        + (answer.strip() if strips else answer)
+        + (end or (tokenizer.eos_token if index == last else "<|user|>"))
         for index, answer in enumerate(answers)
     ]
     if "llava" in name:  # the template writes " ANSWER</s> "; the model's first token is the blank
@@ -230,24 +238,150 @@ def test_turns_that_are_not_learned_are_masked(tokenizer: Any, shared_data: Path
     assert learned_texts(tokenizer, ids.tolist(), mask.tolist()) == ["second<|im_end|>"]
 
 
-def test_tool_calls_are_learned(tokenizer: Any, shared_data: Path) -> None:
-    template = with_template(tokenizer, shared_data, "trl/qwen2_5.jinja")
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    tools = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]
+ADD = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}
+
+
+def call(name: str, identity: str | None = None, **arguments: Any) -> dict[str, Any]:
+    """A tool call in OpenAI's form."""
+    plain = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return plain if identity is None else {**plain, "id": identity}
+
+
+def with_calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """What transformers is given for a dialogue with calls."""
+    found = []
+    for message in messages:
+        plain: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            plain["tool_calls"] = list(message.tool_calls)
+        if message.tool_call_id is not None:
+            plain["tool_call_id"] = message.tool_call_id
+        found.append(plain)
+    return found
+
+
+# What the assistant says when it calls add(a=1, b="\u4f60"), written down by hand from the templates.
+CALLS = {
+    "trl/qwen2_5.jinja": '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "\u4f60"}}\n</tool_call><|im_end|>',
+    "trl/qwen3.jinja": '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "\u4f60"}}\n</tool_call><|im_end|>',
+    "trl/llama3_1.jinja": '{"name": "add", "parameters": {"a": 1, "b": "\u4f60"}}<|eot_id|>',
+    "trl/llama3_2.jinja": '{"name": "add", "parameters": {"a": 1, "b": "\u4f60"}}<|eot_id|>',
+    NEMO: '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1, "b": "\u4f60"}, "id": "call00000"}]EOS',
+}
+CALLS["trl/qwen2_5_training.jinja"] = CALLS["llama.cpp/Qwen-Qwen2.5-7B-Instruct.jinja"] = CALLS["trl/qwen2_5.jinja"]
+CALLS["trl/qwen3_training.jinja"] = CALLS["llama.cpp/Qwen-Qwen3-0.6B.jinja"] = CALLS["trl/qwen3.jinja"]
+CALLS["llama.cpp/meta-llama-Llama-3.1-8B-Instruct.jinja"] = CALLS["trl/llama3_1.jinja"]
+CALLS["llama.cpp/meta-llama-Llama-3.2-3B-Instruct.jinja"] = CALLS["trl/llama3_2.jinja"]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tool_calls_are_learned(tokenizer: Any, shared_data: Path, name: str) -> None:
+    template = with_template(tokenizer, shared_data, name)
+    messages = [
+        Message("user", "Hi"),
+        Message("assistant", "Hello", learn=True),
+        Message("user", "1+\u4f60?"),
+        Message("assistant", "", learn=True, tool_calls=(call("add", a=1, b="\u4f60"),)),
+        Message("tool", '{"sum": 2}'),
+        Message("assistant", "\u4e8c", learn=True),
+    ]
+    ids, mask = template.encode(messages, [ADD])
+    dicts = with_calls(messages)
+    if name == NEMO:  # it refuses calls without ids of nine signs; ours are call00000 and so on
+        dicts[3]["tool_calls"] = [call("add", "call00000", a=1, b="\u4f60")]
+        dicts[4]["tool_call_id"] = "call00000"
+    assert ids.tolist() == tokenizer.apply_chat_template(dicts, tools=[ADD], return_dict=False)
+    text, spans = template.learned_spans(messages, [ADD])
+    expected = CALLS[name].replace("EOS", tokenizer.eos_token)
+    end = {"T": "<|eot_id|>", "E": tokenizer.eos_token}["T" if "llama" in name.lower().split("/")[1] else "E"]
+    end = "<|im_end|>" if "wen" in name else end
+    thoughts = "<think>\n\n</think>\n\n" if "wen3" in name else ""
+    early = thoughts if name == "trl/qwen3_training.jinja" else ""
+    called = early + expected if name == "trl/qwen3_training.jinja" else expected
+    assert [text[start:stop] for start, stop in spans] == [
+        f"{early}Hello{end}",
+        called,
+        f"{thoughts}\u4e8c{end}",
+    ]
+    learned = learned_texts(tokenizer, ids.tolist(), mask.tolist())
+    assert learned == [f"{early}Hello{end}", called, f"{thoughts}\u4e8c{end}"]
+
+
+@pytest.mark.parametrize("name", ["trl/qwen2_5.jinja", NEMO])
+def test_several_calls_with_words_before_them(tokenizer: Any, shared_data: Path, name: str) -> None:
+    template = with_template(tokenizer, shared_data, name)
+    calls = (call("add", "abcdefgh1", a=1), call("mul", "abcdefgh2", a=2))
     messages = [
         Message("user", "1+1?"),
-        Message("assistant", "", learn=True, tool_calls=(call,)),
-        Message("tool", "2"),
+        Message("assistant", "" if name == NEMO else "Let me see.", learn=True, tool_calls=calls),
+        Message("tool", "2", tool_call_id="abcdefgh1"),
+        Message("tool", "4", tool_call_id="abcdefgh2"),
         Message("assistant", "Two", learn=True),
     ]
-    ids, mask = template.encode(messages, tools)
-    dicts = as_dicts(messages, "")
-    dicts[1]["tool_calls"] = [call]
-    assert ids.tolist() == tokenizer.apply_chat_template(dicts, tools=tools, return_dict=False)
-    assert learned_texts(tokenizer, ids.tolist(), mask.tolist()) == [
-        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
-        "Two<|im_end|>",
-    ]
+    ids, mask = template.encode(messages, [ADD])
+    assert ids.tolist() == tokenizer.apply_chat_template(with_calls(messages), tools=[ADD], return_dict=False)
+    learned = learned_texts(tokenizer, ids.tolist(), mask.tolist())
+    assert len(learned) == 2
+    if name == NEMO:
+        eos = tokenizer.eos_token
+        assert learned[0] == (
+            '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}, "id": "abcdefgh1"}, '
+            '{"name": "mul", "arguments": {"a": 2}, "id": "abcdefgh2"}]' + eos
+        )
+    else:
+        assert learned[0] == (
+            'Let me see.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n<tool_call>\n'
+            '{"name": "mul", "arguments": {"a": 2}}\n</tool_call><|im_end|>'
+        )
+
+
+@pytest.mark.parametrize("name", ["trl/qwen2_5.jinja", "trl/qwen3.jinja", "trl/llama3_1.jinja", NEMO])
+def test_real_tool_calls(tokenizer: Any, shared_data: Path, name: str) -> None:
+    """Glaive's dialogues: ids are transformers', every turn of the assistant is learned from its start to its end."""
+    template = with_template(tokenizer, shared_data, name)
+    rows = list(sources.rows(shared_data / "instruction/toolcall/glaive_toolcall_en_demo.json"))[:40]
+    end = {"trl/llama3_1.jinja": "<|eot_id|>", NEMO: tokenizer.eos_token}.get(name, "<|im_end|>")
+    calls = 0
+    for row in rows:
+        item = formats.read_sharegpt(row.value, row.where)
+        dicts, given = with_calls(item.messages), 0
+        for plain in dicts:
+            if name != NEMO:
+                continue
+            if "tool_calls" in plain:
+                plain["tool_calls"] = [
+                    {**one, "id": f"call{given + n:05d}"} for n, one in enumerate(plain["tool_calls"])
+                ]
+                given += len(plain["tool_calls"])
+            if plain["role"] == "tool":
+                plain["tool_call_id"] = f"call{given - 1:05d}"
+        ids, _ = template.encode(item.messages, item.tools)
+        tools = list(item.tools) or None
+        assert ids.tolist() == tokenizer.apply_chat_template(dicts, tools=tools, return_dict=False)
+        text, spans = template.learned_spans(item.messages, item.tools)
+        answers = [message for message in item.messages if message.role == "assistant"]
+        assert len(spans) == len(answers)
+        for (start, stop), message in zip(spans, answers, strict=True):
+            said_there = text[start:stop]
+            assert said_there.endswith(end)
+            assert said_there.count(end) == 1
+            assert text[:start].endswith(("assistant\n", "<|end_header_id|>\n\n", "[/INST]", "[/TOOL_RESULTS]"))
+            assert message.content.strip() in said_there
+            calls += len(message.tool_calls)
+            for one in message.tool_calls:
+                assert one["function"]["name"] in said_there
+    assert calls == sum(turn["from"] == "function_call" for row in rows for turn in row.value["conversations"]) > 20
+
+
+@pytest.mark.parametrize("name", ["trl/gemma.jinja", "trl/phi3.jinja", "trl/llama3.jinja"])
+def test_what_a_template_leaves_out_is_refused(tokenizer: Any, shared_data: Path, name: str) -> None:
+    """These know no tools: transformers renders such a dialogue without a word of the call."""
+    template = with_template(tokenizer, shared_data, name)
+    calls = [Message("user", "1+1?"), Message("assistant", "", learn=True, tool_calls=(call("add", a=1),))]
+    with pytest.raises(BadRowError, match=r"leaves out (or repeats )?the tool call of turn 2"):
+        template.encode(calls)
+    with pytest.raises(BadRowError, match=r"leaves out the tools \(add\)"):
+        template.encode(said("Hi", "Hello"), [ADD])
 
 
 def test_a_token_across_a_border_belongs_to_where_it_starts(shared_data: Path) -> None:
@@ -287,7 +421,48 @@ def test_a_template_that_ends_with_eos_only_teaches_to_stop_in_the_last_turn(tok
 
 def test_a_template_without_any_end_says_so(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    assert not ChatTemplate(tokenizer).learns_to_stop
+    template = ChatTemplate(tokenizer)
+    assert template.learns_to_stop
+    text, spans = template.learned_spans(said("a", "b"))
+    assert list(template.notes) == [
+        f"the chat template ends no turn; {tokenizer.eos_token} is put behind the last answer"
+    ]
+    # It opens no turn for the assistant either, so that the model has to say who speaks.
+    assert [text[start:end] for start, end in spans] == ["assistant: b\n" + tokenizer.eos_token]
+    eos, tokenizer.eos_token = tokenizer.eos_token, None
+    try:
+        assert not ChatTemplate(tokenizer).learns_to_stop
+    finally:
+        tokenizer.eos_token = eos
+
+
+def test_glm_stops_where_the_user_would_speak(tokenizer: Any, shared_data: Path) -> None:
+    """GLM's generation_config names the same two stops: eos and <|user|>."""
+    template = with_template(tokenizer, shared_data, "onnxruntime/chatglm3_tokenizer_config.json")
+    assert set(template.stop_token_ids) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")}
+
+
+def test_a_system_message_that_only_the_prompt_shows(tokenizer: Any, shared_data: Path) -> None:
+    """Mistral-Nemo writes it before the last question of a prompt: so the model is asked, and so it is taught."""
+    template = with_template(tokenizer, shared_data, NEMO)
+    messages = DIALOGUES["system"]
+    ids, mask = template.encode(messages)
+    prompt = tokenizer.apply_chat_template(as_dicts(messages[:-1], NEMO), add_generation_prompt=True, return_dict=False)
+    eos = tokenizer.eos_token_id
+    assert ids.tolist() == [*prompt, *tokenizer("See you", add_special_tokens=False)["input_ids"], eos]
+    bos = tokenizer.bos_token
+    assert template.learned_spans(messages)[0] == (
+        f"{bos}[INST]Hi[/INST]Hello{tokenizer.eos_token}[INST]You are brief.\n\nBye[/INST]See you{tokenizer.eos_token}"
+    )
+    assert learned_texts(tokenizer, ids.tolist(), mask.tolist()) == [
+        f"Hello{tokenizer.eos_token}",
+        f"See you{tokenizer.eos_token}",
+    ]
+    assert any(note.startswith("the system message stands where") for note in template.notes)
+    unlearned = [*messages[:-1], Message("assistant", "See you", learn=False)]
+    assert template.encode(unlearned)[0].tolist() == ids.tolist()
+    text, spans = template.learned_spans(unlearned)
+    assert [text[start:end] for start, end in spans] == [f"Hello{tokenizer.eos_token}"]
 
 
 def test_a_dialogue_that_begins_with_the_assistant(tokenizer: Any, shared_data: Path) -> None:

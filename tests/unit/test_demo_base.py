@@ -12,11 +12,12 @@ from fastft.demo.words import Dice
 
 FOLDER = Path(demo.__file__).parent
 BASE = FOLDER / "base"
+FILES = ("chat.jsonl", "chat_eval.jsonl", "preferences.jsonl")
 
 
 def test_the_shipped_rows_are_what_the_generator_writes(tmp_path):
     generate.write_chat(tmp_path)
-    for name in ("chat.jsonl", "chat_eval.jsonl"):
+    for name in FILES:
         assert (tmp_path / name).read_bytes() == (FOLDER / "data" / name).read_bytes(), f"run demo.generate: {name}"
 
 
@@ -36,7 +37,7 @@ def test_the_first_document_is_the_one_written_down():
 
 def test_text_and_rows_are_ascii():
     assert all(document.isascii() for document in corpus.documents(2_000))
-    assert all((FOLDER / "data" / name).read_bytes().isascii() for name in ("chat.jsonl", "chat_eval.jsonl"))
+    assert all((FOLDER / "data" / name).read_bytes().isascii() for name in FILES)
 
 
 def test_a_story_names_its_hero_with_the_right_pronouns():

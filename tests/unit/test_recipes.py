@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from fastft.config import recipes, tree
+from fastft.config import recipes, schema, tree
 from fastft.config.load import load
 from fastft.config.schema import Config
 from fastft.errors import ConfigError
@@ -36,7 +37,7 @@ def test_every_part_loads_as_the_command_loads_it():
             continue
         loaded |= met
         config = load(name).config
-        assert config.method.kind == recipe.method.partition("_")[0]
+        assert config.method.kind == {"dora": "lora"}.get(recipe.method, recipe.method.partition("_")[0])
         assert config.task == recipe.data.task
         assert config.train.epochs == recipe.data.epochs
         assert (config.name, config.output.dir) == (name, f"work_dirs/{name}")
@@ -106,6 +107,16 @@ def test_the_longest_part_wins():
     assert recipes.parts("internlm2_7b_qlora_alpaca_enzh_oasst1").data.name == "alpaca_enzh_oasst1"
     assert recipes.parts("internlm2_chat_1_8b_sft_qlora_alpaca").model.name == "internlm2_chat_1_8b_sft"
     assert recipes.parts("yi_34b_200k_qlora_alpaca").model.name == "yi_34b_200k"
+
+
+@pytest.mark.parametrize("task", get_args(schema.Task))
+def test_every_task_has_recipes(task):
+    """One for the demo's own data, one for data of the user's, one for a data set on the hub."""
+    named = {name for name, part in recipes.data_sets().items() if part.task == task}
+    assert any(name.startswith("demo") for name in named)
+    assert any(name.startswith("custom_") for name in named)
+    assert any(not name.startswith(("demo", "custom_")) for name in named) or task == "pretrain"
+    assert any(recipes.parts(name).data.task == task for name in recipes.names() if name != "demo")
 
 
 def test_methods_set_their_usual_rate():

@@ -1,6 +1,7 @@
 """metrics.jsonl and loss.png."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,41 @@ def test_smoothing_neither_lags_nor_bends_a_straight_line() -> None:
     # 40 points: a window of 5 around each; a single peak of 5 is spread to 1 over its neighbours.
     peak = [0.0] * 20 + [5.0] + [0.0] * 19
     assert report.smooth(peak)[17:24] == pytest.approx([0, 1, 1, 1, 1, 1, 0])
+
+
+def test_the_status_line_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long run of a fast machine, on a terminal that nobody has widened: nothing is cut off or wrapped."""
+    import io
+
+    from rich.console import Console
+
+    from fastft import console
+
+    out = io.StringIO()
+    monkeypatch.setitem(
+        console._consoles, "stderr", Console(file=out, width=80, force_terminal=True, color_system=None)
+    )
+    monkeypatch.setattr(console.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(console, "BAR_AFTER_S", 0.0)
+    with console.progress("training", 99_999, "steps", start=10_000) as advance:
+        advance(10_001)
+        advance(12_345, metrics.status_text(12.3456, 1.5e-4, 98_765.4, 79 * 2**30))
+    shown = [line for line in re.split(r"[\r\n]|\x1b\[[0-9;?]*[A-Za-z]", out.getvalue()) if "loss" in line]
+    assert shown
+    for line in shown:
+        assert len(line.rstrip()) <= 80
+        for part in ("12345/99999", "left", "loss 12.346", "lr 1.5e-04", "98,765 tok/s", "79.0 GiB"):
+            assert part in line
+
+
+def test_the_time_left_of_a_resumed_run_counts_its_own_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """20 s for 10 steps: the other 40 take 80 s, whatever an earlier session did."""
+    from fastft import console
+
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress("training", 1000, "steps", start=950) as advance:
+        advance(960, "loss 1.0")
+    assert "training: 960/1000 steps, 80 s left (20 s so far) loss 1.0" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """A run from config to files: each task with each method learns, and leaves what the README says."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_the_loss_falls_and_the_files_are_there(
     weights = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
     for name in (weights, "tokenizer.json", "chat_template.jinja", "fastft_training.json"):
         assert (done.artifact / name).is_file(), name
-    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "log.txt", "checkpoint-6"):
+    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "report.html", "log.txt", "checkpoint-6"):
         assert (done.run_dir / name).exists(), name
     assert (done.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(done.run_dir.rglob("training_args.bin"))
@@ -173,9 +174,18 @@ def test_log_txt_holds_what_was_said(
     assert "weights are trained" in said.err
 
 
-def test_dry_run_trains_and_leaves_nothing(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
-    run.dry_run(tiny_run.config(model, data["sft"]), work_dir=tmp_path / "run")
+def test_dry_run_trains_nothing_and_leaves_nothing(
+    model: Path, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run.config(model, data["sft"], train__max_steps=None, train__epochs=2, train__batch_size=2)
+    run.dry_run(config, work_dir=tmp_path / "run", processes=3)
     assert not (tmp_path / "run").exists()
+    said = capsys.readouterr().err
+    assert "first sample" in said
+    assert re.search(r"first batch: 2 rows of \d+ tokens, \d+ of \d+ learned", said)
+    # 12 rows are 6 batches, two for each process; twice.
+    assert "dry run: 4 steps would be made" in said
+    assert "by 3 processes" in said
 
 
 def test_a_nan_stops_the_run_and_keeps_the_checkpoints(
@@ -192,6 +202,8 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoints(
     with pytest.raises(TrainingError, match=r"step 4: the loss is nan.*checkpoint-2 is whole: --resume auto"):
         run.run(config, work_dir=tmp_path / "run")
     assert [found.step for found in checkpoint.find(tmp_path / "run")] == [2]
+    # Drawn with the checkpoint, so a run can be looked at while it goes on.
+    assert "running, step 2 of 6" in (tmp_path / "run" / "report.html").read_text()
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -219,6 +231,7 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
     assert stopped.value.code == code
     assert signal.getsignal(number) is before
     assert [found.step for found in checkpoint.find(tmp_path / "run")] == [3]
+    assert "stopped, step 3 of 6" in (tmp_path / "run" / "report.html").read_text()
     said = capsys.readouterr().err
     assert "stopped after step 3" in said
     assert "--resume auto" in said

@@ -137,8 +137,7 @@ def answer(talk: Talk, messages: Sequence[Message] | str, sampling: Sampling, on
         messages = question(messages)
     ids_1T = torch.tensor([talk.prompt_ids(messages)], device=talk.model.device)
     streamer = _Stream(talk.tokenizer, on_text)
-    devices = [talk.model.device] if talk.model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with device.same_random(talk.model.device), torch.no_grad():
         torch.manual_seed(sampling.seed)
         talk.model.generate(
             input_ids=ids_1T,
@@ -150,18 +149,16 @@ def answer(talk: Talk, messages: Sequence[Message] | str, sampling: Sampling, on
 
 
 def stop_ids(model: Any, tokenizer: Any, template: ChatTemplate | None) -> list[int]:
-    """Ids that end an answer: those of generation_config, the tokenizer's eos, and the template's end of turn."""
+    """Ids that end an answer: those of generation_config, the tokenizer's eos, and what ends a turn in the template."""
     found: list[int] = []
     config = getattr(model, "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
     found += eos if isinstance(eos, list) else [eos] if eos is not None else []
     if tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
-    if template is not None and template.end_of_turn:
+    if template is not None:
         # A mark of several tokens ("</s>" unknown to the tokenizer, "\n\n") cannot be seen in one id.
-        ids = tokenizer(template.end_of_turn, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1:
-            found += ids
+        found += template.stop_token_ids
     return sorted({int(i) for i in found})
 
 
@@ -243,13 +240,15 @@ def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    if any(str(name).endswith("ForSequenceClassification") for name in base.config_json.get("architectures") or ()):
+        raise CheckpointError(f"model {base.folder}: a reward model gives an answer a number; it does not talk")
     quiet.hide_loading_bars()
     on = device.choose()
     stored_4bit = quantization.of_checkpoint(base.config_json)
     held = model_load.checkpoint_dtype(base) if dtype == "auto" else device.by_name(dtype)
     if dtype == "auto" and held == torch.float16 and on.type == "cpu":
         held = torch.float32
-    place: dict[str, Any] = {"device_map": {"": str(on)}} if on.type == "cuda" or bits or stored_4bit else {}
+    place: dict[str, Any] = {"device_map": {"": str(on)}} if on.type != "cpu" or bits or stored_4bit else {}
     if bits and stored_4bit is None:
         place["quantization_config"] = quantization.settings(schema.Quantization(), on)
     model_config = model_load.read_model_config(base)
@@ -268,6 +267,8 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
     if not (adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"adapter {adapter}: there is no adapter_config.json; is this an adapter folder?")
+    if json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS":
+        raise CheckpointError(f"adapter {adapter}: a reward model gives an answer a number; it does not talk")
     try:
         return PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, OSError) as cause:

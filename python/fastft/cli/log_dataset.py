@@ -1,10 +1,15 @@
 """`fastft log-dataset`: what the model will see."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastft import console
 from fastft.cli.job import Job
 from fastft.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastft.config.schema import Config
+    from fastft.data.prepare import Prepared
 
 
 def log_dataset(
@@ -27,26 +32,47 @@ def log_dataset(
         raise UsageError("log-dataset: --index counts from 0 and --num from 1")
 
     def run() -> None:
-        from fastft.config import load
-        from fastft.data import prepare, preview
-        from fastft.hub import locate
-        from fastft.model import load as model_load
-        from fastft.model import quiet, tokenizer
+        from fastft.data import formats, preview
 
-        settings = load.load(config, overrides).config
-        locate.check(settings)
-        quiet.prepare_environment()
-        words = tokenizer.load_tokenizer(model_load.locate(settings.model).weights_folder, settings.model)
-        if settings.task == "sft":
-            tokenizer.require_chat_template(words, settings.model)
-        prepared = prepare.prepare(settings.data, settings.task, words, settings.train.seed)
+        settings, words, prepared = read(config, overrides)
         for line in prepared.report.lines():
             console.note(line)
         samples = prepared.train
-        if index >= len(samples):
-            raise UsageError(f"log-dataset: --index {index}: there are {len(samples)} samples, 0 to {len(samples) - 1}")
+        count = len(samples) // (2 if settings.task in formats.PAIR_TASKS else 1)
+        if index >= count:
+            raise UsageError(f"log-dataset: --index {index}: there are {count} samples, 0 to {count - 1}")
         colour = console.stdout().is_terminal
-        for place in range(index, min(index + num, len(samples))):
-            console.stdout().print(preview.view(samples, place, words, show, colour=colour))
+        for place in range(index, min(index + num, count)):
+            shown = preview.view_of(settings.task, samples, place, words, show, colour=colour)
+            console.stdout().print(shown)
 
     return Job(run)
+
+
+def read(config: str, overrides: Sequence[str], *, keep_going: bool = False) -> "tuple[Config, Any, Prepared]":
+    """The config, the tokenizer, and the data prepared as `train` does it; no weights are read.
+
+    Raises:
+        FastftError: the config is wrong, the tokenizer or the data cannot be had, or (without `keep_going`) used.
+    """
+    from fastft.config import load
+    from fastft.data import prepare
+    from fastft.hub import locate
+    from fastft.model import load as model_load
+    from fastft.model import quiet, tokenizer
+
+    settings = load.load(config, overrides).config
+    locate.check(settings)
+    quiet.prepare_environment()
+    words = tokenizer.load_tokenizer(model_load.locate(settings.model).weights_folder, settings.model)
+    if settings.task != "pretrain":
+        tokenizer.require_chat_template(words, settings.model)
+    prepared = prepare.prepare(
+        settings.data,
+        settings.task,
+        words,
+        settings.train.seed,
+        batch_size=settings.train.batch_size,
+        keep_going=keep_going,
+    )
+    return settings, words, prepared

@@ -41,6 +41,7 @@ COMMANDS = (
     Command(("config", "show"), "config:show"),
     Command(("config", "schema"), "config:schema"),
     Command(("config", "import"), "config:import_"),
+    Command(("check-dataset",), "check_dataset:check_dataset"),
     Command(("log-dataset",), "log_dataset:log_dataset"),
     Command(("plan",), "plan:plan"),
     Command(("train",), "train:train"),

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent.parent / "configs"
 MAX_NAME = 200  # characters
-METHODS = ("full", "lora", "qlora", "qlora_6gb", "qlora_8gb")
+METHODS = ("full", "freeze", "lora", "dora", "qlora", "qlora_6gb", "qlora_8gb")
 # Methods for a small card, and the largest model, in billions of weights, that `list-cfg` shows with them.
 SMALL_CARD = ("qlora_6gb", "qlora_8gb")
 SMALL_CARD_BILLIONS = 9.0
+# Methods that `list-cfg` shows with own data only, and tasks that it shows with the usual methods only.
+RARE = ("freeze", "dora")
+PREFERENCE_TASKS = ("dpo", "orpo", "kto", "reward")
 
 # XTuner's word for a data set, where ours differs.
 XTUNER_DATA = {
@@ -91,7 +94,7 @@ def search(pattern: str) -> list[str]:
     found: list[tuple[int, int, int, str]] = []
     everything = names()
     for name in everything:
-        small = int(any(f"_{method}_" in name for method in SMALL_CARD))  # the general recipe comes first
+        small = int(any(f"_{method}_" in name for method in (*SMALL_CARD, *RARE)))  # the general recipe comes first
         if joined in name:
             # Whole words before parts of words: `llama2_7b` before `codellama2_7b`.
             rank = 0 if f"_{joined}_" in f"_{name}_" else 1
@@ -221,6 +224,10 @@ def _suits(model: ModelPart, method: str, data: DataPart) -> bool:
         if size is None or float(size.group(1).replace("_", ".")) > SMALL_CARD_BILLIONS:
             return False
     own_data = data.name.startswith("custom_")
+    if method in RARE and not (own_data and data.task in {"sft", "pretrain"}):
+        return False
+    if data.task in PREFERENCE_TASKS and method in SMALL_CARD:
+        return False
     if model.kind == "scratch":
         return method == "full" and data.task == "pretrain" and (own_data or data.name.startswith("demo"))
     if model.kind == "chat" and data.task == "pretrain":

@@ -14,7 +14,19 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
-Format = Literal["auto", "alpaca", "sharegpt", "messages", "conversation", "guanaco", "columns", "text"]
+Format = Literal[
+    "auto",
+    "alpaca",
+    "sharegpt",
+    "messages",
+    "conversation",
+    "guanaco",
+    "columns",
+    "text",
+    "preference",
+    "judged",
+]
+Task = Literal["pretrain", "sft", "dpo", "orpo", "reward", "kto"]
 
 
 class Section(BaseModel):
@@ -42,8 +54,8 @@ class Model(Section):
             "with products in bf16 on a GPU"
         ),
     )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="attention code; auto: what transformers chooses"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="attention code; auto: flash attention where it is installed and the card has it, else sdpa"
     )
     chat_template: str | None = Field(
         None,
@@ -62,6 +74,14 @@ class Lora(Section):
     )
     modules_to_save: tuple[Name, ...] = Field((), description="modules trained in full beside the adapter")
     rslora: bool = Field(False, description="scale by alpha/sqrt(r) (Kalajdzievski 2023)")
+    dora: bool = Field(False, description="learn each output's magnitude apart from its direction (Liu et al. 2024)")
+    init: Literal["default", "gaussian", "pissa", "olora", "loftq"] = Field(
+        "default",
+        description=(
+            "what the adapter starts from: nothing (default, gaussian); what matters most of the weights (pissa, olora; "
+            "not for qlora); what 4 bits lost (loftq, for qlora). All are saved so that they merge onto the original base"
+        ),
+    )
 
 
 class Quantization(Section):
@@ -75,7 +95,12 @@ class Quantization(Section):
 class Method(Section):
     """What is trained."""
 
-    kind: Literal["full", "lora", "qlora"] = Field(description="all weights, adapters, or adapters on a 4-bit base")
+    kind: Literal["full", "freeze", "lora", "qlora"] = Field(
+        description="all weights, those of the last layers (freeze), adapters, or adapters on a 4-bit base"
+    )
+    trained_layers: Positive | None = Field(
+        None, description="for freeze: how many decoder layers are trained, counted from the last; 2 if left out"
+    )
     lora: Lora | None = Field(None, description="for lora and qlora")
     quantization: Quantization | None = Field(None, description="for qlora")
 
@@ -90,17 +115,42 @@ class Method(Section):
             filled["lora"] = {}
         if filled.get("kind") == "qlora" and filled.get("quantization") is None:
             filled["quantization"] = {}
+        if filled.get("kind") == "freeze" and filled.get("trained_layers") is None:
+            filled["trained_layers"] = 2
         return filled
 
     @model_validator(mode="after")
     def _no_idle_blocks(self) -> Self:
-        if self.kind == "full" and self.lora is not None:
-            raise ValueError("`lora` has no effect with kind: full; set method.lora=null, or kind: lora")
+        if not self.has_adapter and self.lora is not None:
+            raise ValueError(f"`lora` has no effect with kind: {self.kind}; set method.lora=null, or kind: lora")
         if self.kind != "qlora" and self.quantization is not None:
             raise ValueError(
                 f"`quantization` has no effect with kind: {self.kind}; set method.quantization=null, or kind: qlora"
             )
+        if self.kind != "freeze" and self.trained_layers is not None:
+            raise ValueError(
+                f"`trained_layers` has no effect with kind: {self.kind}; set method.trained_layers=null, or kind: freeze"
+            )
+        if self.lora is not None:
+            self._start_fits(self.lora)
         return self
+
+    def _start_fits(self, lora: Lora) -> None:
+        if lora.init in {"pissa", "olora"} and self.kind == "qlora":
+            raise ValueError(
+                f"lora.init: {lora.init} changes the base, which 4 bits would round again; use loftq, or kind: lora"
+            )
+        if lora.init == "loftq" and self.kind != "qlora":
+            raise ValueError(
+                f"lora.init: loftq makes up for 4 bits, and kind: {self.kind} has none; use pissa or default"
+            )
+        if lora.init in {"pissa", "olora", "loftq"} and lora.dora:
+            raise ValueError(f"lora.init: {lora.init} and lora.dora do not go together; set one of them back")
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the result is an adapter, and the base stays as it is."""
+        return self.kind in {"lora", "qlora"}
 
 
 class Columns(Section):
@@ -108,7 +158,11 @@ class Columns(Section):
 
     system: str | None = Field(None, description="system message, e.g. `{system_prompt}`")
     user: Name = Field(description="what the user says, e.g. `{question}\\n{context}`")
-    assistant: Name = Field(description="what the model learns to answer, e.g. `{answer}`")
+    assistant: Name = Field(
+        description="what the model learns to answer, e.g. `{answer}`; for tasks dpo, orpo and reward the better answer"
+    )
+    rejected: str | None = Field(None, description="the worse answer, e.g. `{bad_answer}`; for dpo, orpo and reward")
+    label: str | None = Field(None, description="column that says whether the answer is good (true, false); for kto")
 
 
 class Source(Section):
@@ -125,12 +179,50 @@ class Source(Section):
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     system: str | None = Field(None, description="system message for dialogues that have none")
     max_rows: Positive | None = Field(None, description="use only so many rows, from the start")
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0,
+        description=(
+            "times that each sample of this source stands in an epoch: 2 is each twice, 0.5 every other one, "
+            "chosen by the seed; of no effect in `eval`"
+        ),
+    )
 
     @model_validator(mode="after")
     def _columns_match(self) -> Self:
         if (self.format == "columns") != (self.columns is not None):
             raise ValueError("`columns` and `format: columns` belong together; set both or neither")
         return self
+
+
+class Check(Section):
+    """What makes a data set unfit: `check-dataset` and `train` fail with exit code 1 beyond these limits."""
+
+    min_samples: Positive | None = Field(None, description="fewest samples to learn from")
+    max_bad_rows: Fraction | None = Field(
+        None, description="largest part of the rows that on_bad_row: skip may leave out, 0 to 1"
+    )
+    max_truncated: Fraction | None = Field(
+        None, description="largest part of the samples cut off at max_length, 0 to 1"
+    )
+    max_not_learned: Fraction | None = Field(
+        None, description="largest part of the samples dropped because no token in them is learned, 0 to 1"
+    )
+    max_duplicates: Fraction | None = Field(
+        None, description="largest part of the samples that repeat an earlier one, 0 to 1"
+    )
+    max_unanswered: Fraction | None = Field(
+        None, description="largest part of the samples with a user's turn that nobody answers, 0 to 1"
+    )
+    max_eval_in_train: Fraction | None = Field(
+        None, description="largest part of the eval samples that also stand in the train data, 0 to 1"
+    )
+    min_filled: Fraction | None = Field(
+        None, description="smallest part of the packed rows' room that holds tokens, 0 to 1"
+    )
+    min_stops: Fraction | None = Field(
+        None,
+        description="smallest part of the samples in which the end of a turn is learned; without it answers do not end",
+    )
 
 
 class Data(Section):
@@ -147,6 +239,14 @@ class Data(Section):
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip: leave out unreadable rows, counted")
     shuffle: bool = Field(True, description="new order each epoch, by the seed")
+    cache: str | None = Field(
+        "auto",
+        description=(
+            "folder where tokenised sources are kept, so that the next run starts at once and a source may be larger "
+            "than the memory; auto: the user's cache folder, for sources of 10 MB and more; null: kept nowhere"
+        ),
+    )
+    check: Check = Field(default_factory=Check, description="limits beyond which the data set is refused")
 
 
 class Train(Section):
@@ -164,6 +264,18 @@ class Train(Section):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay of the two moments")
+    lora_plus_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="the adapters' B learns at lr times this (LoRA+, Hayou et al. 2024: 16); 1 is off"
+    )
+    embedding_lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learning rate of a trained embedding table and head; null is lr"
+    )
+    layer_lr_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="each layer learns at the rate of the one above it times this, the embedding last; 1 is off"
+    )
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="noise on the embeddings in training (NEFTune, Jain et al. 2023: 5); null is none"
+    )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="gradients are clipped to it; 0 is off")
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="recompute activations in the backward pass; auto: on for CUDA, off for CPU"
@@ -172,6 +284,22 @@ class Train(Section):
     eval_steps: Positive | None = Field(None, description="steps between two measurements on the eval data")
     sample_steps: Positive | None = Field(None, description="steps between two rounds of sample answers")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="of order, dropout and new weights")
+
+
+class Preference(Section):
+    """How tasks dpo, orpo and kto weigh two answers; reward needs nothing."""
+
+    beta: Annotated[float, Field(gt=0)] = Field(
+        0.1,
+        description=(
+            "dpo, kto: how closely the model is held to where it started, larger is closer; orpo: weight of the odds ratio"
+        ),
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="dpo: part of the pairs that are thought to be the wrong way round (cDPO)"
+    )
+    good_weight: Annotated[float, Field(gt=0)] = Field(1.0, description="kto: weight of an answer called good")
+    bad_weight: Annotated[float, Field(gt=0)] = Field(1.0, description="kto: weight of an answer called bad")
 
 
 class Memory(Section):
@@ -213,6 +341,25 @@ class Memory(Section):
     )
 
 
+class Accelerate(Section):
+    """What makes a run faster; auto is chosen by the machine and said, with the reason, at the start of the run."""
+
+    liger: bool | Literal["auto"] = Field(
+        "auto",
+        description="liger's kernels for norm, rotary embedding and MLP; auto: on where they are installed and fit",
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile of each layer; auto: off, since it takes minutes at the start"
+    )
+    tf32: bool | Literal["auto"] = Field(
+        "auto",
+        description="fp32 products of a CUDA card in TF32; auto: on from capability 8.0, unless model.dtype is fp32",
+    )
+    fused_optimizer: bool | Literal["auto"] = Field(
+        "auto", description="AdamW as one kernel for all weights; auto: on where torch has it"
+    )
+
+
 class Samples(Section):
     """Prompts answered before, during and after the training, to see what it learns."""
 
@@ -227,22 +374,60 @@ class Output(Section):
     dir: str | None = Field(None, description="run folder; null is work_dirs/NAME; --work-dir overrides it")
     save_steps: Positive | None = Field(500, description="steps between checkpoints; null: only at the end")
     keep: Positive = Field(2, description="newest checkpoints that stay")
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (),
+        description="loggers that get the lines of metrics.jsonl too; wandb talks to its server (WANDB_MODE=offline: not)",
+    )
+
+
+class Distributed(Section):
+    """How several processes share the work; without either each holds the whole model (DDP)."""
+
+    fsdp: bool = Field(
+        False, description="FSDP2: weights, gradients and optimizer states are shared out among the processes (--fsdp)"
+    )
+    deepspeed: str | None = Field(
+        None,
+        description=(
+            "zero1, zero2, zero3, zero2_offload, zero3_offload (configs/deepspeed), or DeepSpeed's json file (--deepspeed)"
+        ),
+    )
+
+    @property
+    def shares(self) -> bool:
+        """Whether the processes share weights or states, instead of each holding all."""
+        return self.fsdp or self.deepspeed is not None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.fsdp and self.deepspeed is not None:
+            raise ValueError("`fsdp` and `deepspeed` are two ways to share the same weights; set one")
+        return self
 
 
 class Config(Section):
     """A whole run: what `train` needs."""
 
     name: Name = Field("run", description="what the run is called; a recipe's name, or the file's")
-    task: Literal["pretrain", "sft"] = Field(
-        "sft", description="sft learns the assistant's answers, pretrain every token of the text"
+    task: Task = Field(
+        "sft",
+        description=(
+            "sft learns the assistant's answers, pretrain every token of the text; dpo, orpo and kto learn from "
+            "answers that somebody compared or judged; reward makes a model that gives an answer a number"
+        ),
     )
     model: Model = Field(description="which weights to start from")
     method: Method = Field(description="what is trained")
     data: Data = Field(description="what is learned from")
     train: Train = Field(default_factory=Train, description="how it is learned")
+    preference: Preference = Field(
+        default_factory=Preference, description="how tasks dpo, orpo and kto weigh two answers"
+    )
     memory: Memory = Field(default_factory=Memory, description="what lies where on the way through a step")
+    accelerate: Accelerate = Field(default_factory=Accelerate, description="what makes a run faster")
     samples: Samples = Field(default_factory=Samples, description="prompts answered along the way")
     output: Output = Field(default_factory=Output, description="what is written, and where")
+    distributed: Distributed = Field(default_factory=Distributed, description="how several processes share the work")
 
     @model_validator(mode="after")
     def _memory_fits(self) -> Self:
@@ -252,12 +437,52 @@ class Config(Section):
                 "memory.checkpoints: host keeps the inputs of recomputed layers, and train.gradient_checkpointing: false "
                 "recomputes none; set one of them to auto"
             )
-        if self.method.kind == "full":
+        if memory.lora == "fused" and self.method.lora is not None and self.method.lora.dora:
+            raise ValueError("memory.lora: fused is for plain adapters; with method.lora.dora set it to auto or plain")
+        if not self.method.has_adapter:
             for name, value in (("embedding", memory.embedding), ("head", memory.head), ("lora", memory.lora)):
                 if value in {"host", "nf4", "fused"}:
                     raise ValueError(
-                        f"memory.{name}: {value} is for frozen weights with adapters; kind: full trains them all"
+                        f"memory.{name}: {value} is for frozen weights with adapters, not for kind: {self.method.kind}"
                     )
+        if self.distributed.shares:
+            for name, value in (("embedding", memory.embedding), ("head", memory.head)):
+                if value in {"host", "nf4"}:
+                    raise ValueError(
+                        f"memory.{name}: {value} keeps a whole table in every process, which distributed shares out; "
+                        "set one of them"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Self:
+        preference = self.preference
+        if self.task not in {"dpo", "orpo", "kto"} and preference != Preference():
+            raise ValueError(f"`preference` has no effect with task: {self.task}; remove it, or set task: dpo")
+        if self.task != "dpo" and preference.label_smoothing:
+            raise ValueError("preference.label_smoothing is for task: dpo; set it to 0")
+        if self.task != "kto" and (preference.good_weight, preference.bad_weight) != (1.0, 1.0):
+            raise ValueError("preference.good_weight and bad_weight are for task: kto; leave them at 1")
+        if self.task == "reward" and self.samples.prompts:
+            raise ValueError("samples.prompts: a reward model gives numbers and no answers; remove the prompts")
+        if self.train.lora_plus_ratio != 1 and not self.method.has_adapter:
+            raise ValueError("train.lora_plus_ratio is for adapters; set it to 1, or use kind: lora or qlora")
+        return self
+
+    @model_validator(mode="after")
+    def _sharing_fits(self) -> Self:
+        wanted, train = self.distributed, self.train
+        if not wanted.fsdp and wanted.deepspeed is None:
+            return self
+        way = "fsdp" if wanted.fsdp else "deepspeed"
+        if self.task not in {"pretrain", "sft"}:
+            raise ValueError(
+                f"distributed.{way}: not built for task: {self.task}; without it each process holds the whole model"
+            )
+        if (train.lora_plus_ratio, train.layer_lr_decay, train.embedding_lr) != (1.0, 1.0, None):
+            raise ValueError(
+                f"distributed.{way}: not built for rates that differ; leave lora_plus_ratio, layer_lr_decay and embedding_lr"
+            )
         return self
 
 

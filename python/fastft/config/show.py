@@ -219,6 +219,8 @@ def _model(config: Config) -> str:
 
 def _method(config: Config) -> str:
     method = config.method
+    if method.kind == "freeze":
+        return f"freeze: the last {method.trained_layers} layers are trained"
     if method.lora is None:
         return "full: every weight is trained"
     return f"{method.kind}: {_lora(method.lora)}" + (
@@ -228,7 +230,8 @@ def _method(config: Config) -> str:
 
 def _lora(lora: Lora) -> str:
     targets = lora.targets if isinstance(lora.targets, str) else " ".join(lora.targets)
-    scale = ", rslora" if lora.rslora else ""
+    scale = "".join(f", {name}" for name in ("rslora", "dora") if getattr(lora, name))
+    scale += f", starts from {lora.init}" if lora.init != "default" else ""
     return f"r {lora.r}, alpha {number(lora.alpha)}, dropout {number(lora.dropout)}{scale} on {targets}"
 
 

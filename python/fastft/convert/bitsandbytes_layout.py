@@ -4,14 +4,14 @@ A quantized weight `X.weight` is packed codes with companions: its scales, the c
 rest. `unpacked` lets the house read such a folder as plain numbers; `quantized` plans the way there.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from fastft.convert.four_bit import NESTED_BLOCK, FourBit, code_book, dynamic_map
+from fastft.convert.json_file import parse_object
 from fastft.convert.source import CONFIG_DTYPES, Nested, Packed, QuantType, Source, read_bytes
 from fastft.errors import CheckpointError
 
@@ -24,6 +24,9 @@ _LONGESTSTATE_BYTES = 64 * 1024
 BLOCKSIZES = tuple(2**power for power in range(5, 13))
 # Any of them holds the codes; the bytes are the same.
 _STORAGES = ("U8", "BF16", "F16", "F32")
+
+# Makes the error that names the tensor.
+Refuse = Callable[[str], CheckpointError]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ def _numbers(folder: Path, name: str, codes: Source, companions: Mapping[str, So
         raise refuse(
             f"of its companions there are {', '.join(sorted(companions))}; absmax, quant_map and one quant_state"
         )
-    state = _state(companions[states[0]], refuse)
+    state = _state(companions[states[0]], f"{folder}: {name}{states[0]}", refuse)
     expected = {".absmax", ".quant_map", states[0]}
     if state.offset is not None:
         expected |= {".nested_absmax", ".nested_quant_map"}
@@ -142,23 +145,18 @@ def _numbers(folder: Path, name: str, codes: Source, companions: Mapping[str, So
     return Source(codes.file, codes.offset, state.dtype, state.shape[::-1] if turned else state.shape, lens)
 
 
-def _state(source: Source, refuse: Any) -> _State:
+def _state(source: Source, where: str, refuse: Refuse) -> _State:
     """Read the JSON text of a packed weight; every value in it is checked."""
     if source.dtype != "U8" or source.nbytes > _LONGESTSTATE_BYTES:
         raise refuse(f"its quant_state is {source.dtype} {source.shape}, no short text")
-    try:
-        said = json.loads(read_bytes(source))
-    except ValueError as error:
-        raise refuse(f"its quant_state is no JSON: {error}") from error
-    if not isinstance(said, dict):
-        raise refuse("its quant_state is no JSON object")
+    said = parse_object(read_bytes(source), where)
     shape, offset = said.get("shape"), said.get("nested_offset")
     problems = {
         "quant_type": said.get("quant_type") in ("nf4", "fp4"),
-        "blocksize": said.get("blocksize") in BLOCKSIZES,
-        "dtype": said.get("dtype") in _DTYPES,
+        "blocksize": type(said.get("blocksize")) is int and said["blocksize"] in BLOCKSIZES,
+        "dtype": isinstance(said.get("dtype"), str) and said["dtype"] in _DTYPES,
         "shape": isinstance(shape, list) and bool(shape) and all(type(size) is int and size > 0 for size in shape),
-        "nested_offset": offset is None or (isinstance(offset, float | int) and isfinite(offset)),
+        "nested_offset": offset is None or (type(offset) in (float, int) and isfinite(offset)),
         "nested_blocksize": offset is None or said.get("nested_blocksize") == NESTED_BLOCK,
         "nested_dtype": offset is None or said.get("nested_dtype") == "float32",
     }
@@ -174,12 +172,12 @@ def _state(source: Source, refuse: Any) -> _State:
     )
 
 
-def _check_scales(source: Source, dtype: str, count: int, refuse: Any) -> None:
+def _check_scales(source: Source, dtype: str, count: int, refuse: Refuse) -> None:
     if source.dtype != dtype or source.numel != count:
         raise refuse(f"its scales are {source.dtype} {source.shape}; {dtype} of {count} are needed")
 
 
-def _check_book(source: Source, values: Any, refuse: Any) -> None:
+def _check_book(source: Source, values: Any, refuse: Refuse) -> None:
     import numpy as np
 
     stored = source.dtype == "F32" and source.numel == len(values)

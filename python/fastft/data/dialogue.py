@@ -1,4 +1,4 @@
-"""What a row of a data set means: a dialogue to answer in, or a text to continue.
+"""What a row of a data set means: a dialogue to answer in, a text to continue, two answers to choose between.
 
 Made by `formats` from the rows of `sources`; consumed by `template`.
 """
@@ -47,4 +47,25 @@ class Text:
     """A document to learn whole (task pretrain)."""
 
     text: str
+    where: Where
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two ways to go on with one dialogue, the better and the worse (tasks dpo, orpo, reward).
+
+    Both hold the whole dialogue; the turns up to where they part are equal and not learned.
+    """
+
+    chosen: Dialogue
+    rejected: Dialogue
+    where: Where
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A dialogue whose last answer somebody called good or bad (task kto)."""
+
+    dialogue: Dialogue
+    good: bool
     where: Where

@@ -1,21 +1,24 @@
 """What the columns of a row mean: every format that fastft reads, and how `auto` tells them apart.
 
-Takes the rows of `sources`, gives the dialogues and texts of `dialogue`. A row that cannot be read raises `BadRowError`
-with the reason; `prepare` adds file and row, or counts it when the config says `on_bad_row: skip`.
+Takes the rows of `sources`, gives the dialogues and texts of `dialogue`; `preferences` reads rows of two answers or of a
+judged one. A row that cannot be read raises `BadRowError` with the reason; `prepare` adds file and row, or counts it
+when the config says `on_bad_row: skip`.
 """
 
 import json
 import string
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from fastft.config.schema import Columns, Format
-from fastft.data.dialogue import Dialogue, Message, Role, Text, Where
+from fastft.config.schema import Columns, Format, Task
+from fastft.data.dialogue import Dialogue, Judged, Message, Pair, Role, Text, Where
 from fastft.errors import ConfigError, DataError
 
-Task = Literal["pretrain", "sft"]
-Item = Dialogue | Text
+Item = Dialogue | Text | Pair | Judged
 Reader = Callable[[Any, Where], Item]
+
+# Tasks that learn from two answers to one prompt.
+PAIR_TASKS = frozenset({"dpo", "orpo", "reward"})
 
 # What the dialects of sharegpt and OpenAI messages call the four roles.
 ROLES: Mapping[str, Role] = {
@@ -41,6 +44,7 @@ ROLES: Mapping[str, Role] = {
 QUESTION_COLUMNS = ("instruction", "query", "prompt")
 ANSWER_COLUMNS = ("output", "response", "completion")
 PREFERENCE_COLUMNS = frozenset({"chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response"})
+LABEL_COLUMNS = ("label", "kto_tag")
 MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 HUMAN_MARK, ASSISTANT_MARK = "### Human:", "### Assistant:"
 # The alpaca data set's own word for "there is no answer".
@@ -71,6 +75,8 @@ def recognise(values: Sequence[Any], task: Task, file: str) -> Format:
             f"data {file}: rows are {', '.join(kinds)}; a row is an object with columns or a list of messages"
         )
     columns = list(dict.fromkeys(str(name) for value in values for name in value))
+    if task in PAIR_TASKS or task == "kto":
+        return _preference_format(columns, task, file)
     if PREFERENCE_COLUMNS & set(columns):
         raise DataError(f"data {file}: preference data (columns {', '.join(columns)}) cannot be used by task {task}")
     turns = _turn_format(values)
@@ -78,7 +84,7 @@ def recognise(values: Sequence[Any], task: Task, file: str) -> Format:
         return turns
     if task == "pretrain" and (_is_text(values, "text") or _only_text_column(values, columns)):
         return "text"
-    if _one_of(columns, QUESTION_COLUMNS) and _one_of(columns, ANSWER_COLUMNS):
+    if one_of(columns, QUESTION_COLUMNS) and one_of(columns, ANSWER_COLUMNS):
         return "alpaca"
     if _is_text(values, "text"):
         if all(HUMAN_MARK in value["text"] and ASSISTANT_MARK in value["text"] for value in values):
@@ -90,6 +96,22 @@ def recognise(values: Sequence[Any], task: Task, file: str) -> Format:
     raise DataError(
         f"data {file}: the format is not clear from the columns {', '.join(columns) or '(none)'}; set format to one of "
         f"{FORMATS_TEXT} (for example columns: {{user: '{{question}}', assistant: '{{answer}}'}})"
+    )
+
+
+def _preference_format(columns: Sequence[str], task: Task, file: str) -> Format:
+    """The format of rows for a task that learns from preferences; kto also takes pairs, as two judged answers each."""
+    if PREFERENCE_COLUMNS & set(columns):
+        return "preference"
+    label = one_of(columns, LABEL_COLUMNS)
+    if label is not None and task == "kto":
+        return "judged"
+    if label is not None:
+        raise DataError(f"data {file}: single answers with a {label}; task {task} needs two answers to each prompt")
+    raise DataError(
+        f"data {file}: task {task} needs {'a label for each answer' if task == 'kto' else 'two answers to each prompt'} "
+        f"(columns chosen and rejected{', or label' if task == 'kto' else ''}); the columns are "
+        f"{', '.join(columns) or '(none)'}; format: columns takes them under other names"
     )
 
 
@@ -118,7 +140,8 @@ def _only_text_column(values: Sequence[Any], columns: Sequence[str]) -> str | No
     return columns[0] if len(columns) == 1 and _is_text(values, columns[0]) else None
 
 
-def _one_of(columns: Sequence[str], names: Sequence[str]) -> str | None:
+def one_of(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """The first of `names` that is a column, or None."""
     return next((name for name in names if name in columns), None)
 
 
@@ -131,10 +154,12 @@ def reader(chosen: Format, columns: Columns | None, system: str | None, task: Ta
         system: system message for dialogues that have none.
         task: `pretrain` reads a dialogue whose only words are the assistant's as a text (XTuner's pre-training files).
     """
+    from fastft.data import preferences  # it reads the turns of its rows with what stands here
+
     if chosen == "columns":
         if columns is None:
             raise ConfigError("data: format columns needs `columns` with user and assistant")
-        read: Reader = _ColumnsReader(columns)
+        read: Reader = _ColumnsReader(columns, task)
     else:
         by_name: dict[str, Reader] = {
             "alpaca": read_alpaca,
@@ -143,11 +168,17 @@ def reader(chosen: Format, columns: Columns | None, system: str | None, task: Ta
             "conversation": read_conversation,
             "guanaco": read_guanaco,
             "text": read_text,
+            "preference": preferences.read_preference,
+            "judged": preferences.read_judged,
         }
         read = by_name[chosen]
 
     def read_checked(value: Any, where: Where) -> Item:
         item = read(value, where)
+        if task in PAIR_TASKS or task == "kto":
+            return preferences.checked(item, system, task)
+        if isinstance(item, Pair | Judged):
+            raise BadRowError(f"preference data cannot be used by task {task}")
         if isinstance(item, Text):
             if task == "sft":
                 raise BadRowError("plain text has no answer to learn; set task: pretrain")
@@ -191,9 +222,9 @@ def read_alpaca(value: Any, where: Where) -> Dialogue:
     The columns may be called as in `QUESTION_COLUMNS` and `ANSWER_COLUMNS`. A non-empty input follows the
     instruction on a new line.
     """
-    row = _mapping(value)
+    row = mapping(value)
     _no_media(row)
-    question, answer = _one_of(list(row), QUESTION_COLUMNS), _one_of(list(row), ANSWER_COLUMNS)
+    question, answer = one_of(list(row), QUESTION_COLUMNS), one_of(list(row), ANSWER_COLUMNS)
     if question is None or answer is None:
         raise BadRowError(f"no column {' or '.join(QUESTION_COLUMNS if question is None else ANSWER_COLUMNS)}")
     messages = _system(row)
@@ -215,7 +246,7 @@ def read_sharegpt(value: Any, where: Where) -> Dialogue:
 
     A `function_call` becomes the assistant's tool call; `tools` holds the schemas, as JSON or as text of JSON.
     """
-    row = _mapping(value)
+    row = mapping(value)
     _no_media(row)
     messages = _system(row)
     for index, turn in enumerate(_turns(row, "conversations", "conversation")):
@@ -226,10 +257,10 @@ def read_sharegpt(value: Any, where: Where) -> Dialogue:
             continue
         role, text = _role(turn, "from", place), _string(turn, "value", place=place)
         if turn["from"] == "function_call":
-            messages.append(Message(role, "", _learn(turn, place), (_call(text, place),)))
+            messages.append(Message(role, "", _learn(turn, place), _calls(text, place)))
         else:
             messages.append(Message(role, text, role == "assistant" and _learn(turn, place)))
-    return Dialogue(tuple(messages), where, _tools(row))
+    return Dialogue(tuple(messages), where, read_tools(row))
 
 
 def read_messages(value: Any, where: Where) -> Dialogue:
@@ -238,24 +269,22 @@ def read_messages(value: Any, where: Where) -> Dialogue:
     Content is text or a list of text parts {type: text, text or value}. `loss_weight: 0`, `weight: 0`, `loss: false`
     and `train: false` on a turn of the assistant keep it out of the loss. `tools` and `tool_calls` are kept.
     """
-    row = {"messages": value} if isinstance(value, list) else _mapping(value)
+    row = {"messages": value} if isinstance(value, list) else mapping(value)
     _no_media(row)
     messages = _system(row)
     for index, turn in enumerate(_turns(row, "messages", "conversations", "conversation")):
         place = f"turn {index + 1}"
-        role, calls = _role(turn, "role", place), turn.get("tool_calls") or ()
-        if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
-            raise BadRowError(f"{place}: tool_calls is not a list of calls")
+        role, calls = _role(turn, "role", place), _tool_calls(turn, place)
         content = "" if turn.get("content") is None and calls else _content(turn, place)
         learn = role == "assistant" and _learn(turn, place)
         call_id = turn.get("tool_call_id")
-        messages.append(Message(role, content, learn, tuple(calls), None if call_id is None else str(call_id)))
-    return Dialogue(tuple(messages), where, _tools(row))
+        messages.append(Message(role, content, learn, calls, None if call_id is None else str(call_id)))
+    return Dialogue(tuple(messages), where, read_tools(row))
 
 
 def read_conversation(value: Any, where: Where) -> Dialogue:
     """A row of XTuner's `conversation`: turns {system, input, output}, with `output_with_loss`."""
-    row = _mapping(value)
+    row = mapping(value)
     _no_media(row)
     messages: list[Message] = []
     for index, turn in enumerate(_turns(row, "conversation", "conversations")):
@@ -273,7 +302,7 @@ def read_conversation(value: Any, where: Where) -> Dialogue:
 
 def read_guanaco(value: Any, where: Where) -> Dialogue:
     """A row whose `text` holds turns marked `### Human:` and `### Assistant:` (openassistant-guanaco)."""
-    text = _string(_mapping(value), "text")
+    text = _string(mapping(value), "text")
     messages: list[Message] = []
     rest = text
     while rest.strip():
@@ -296,7 +325,7 @@ def read_guanaco(value: Any, where: Where) -> Dialogue:
 
 def read_text(value: Any, where: Where) -> Text:
     """A row with a column `text`, or with one column only, whatever its name."""
-    row = _mapping(value)
+    row = mapping(value)
     column = "text" if "text" in row else next(iter(row), "text")
     if column != "text" and len(row) != 1:
         raise BadRowError(f"no column text (columns {', '.join(map(str, row))})")
@@ -306,7 +335,8 @@ def read_text(value: Any, where: Where) -> Text:
     return Text(text, where)
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The row as a mapping of its columns."""
     if not isinstance(value, Mapping):
         raise BadRowError(f"the row is a {type(value).__name__}, not an object with columns")
     return value
@@ -337,7 +367,7 @@ def _no_media(row: Mapping[str, Any]) -> None:
 
 
 def _turns(row: Mapping[str, Any], *columns: str) -> list[Mapping[str, Any]]:
-    column = _one_of(list(row), columns)
+    column = one_of(list(row), columns)
     if column is None:
         raise BadRowError(f"no column {columns[0]}")
     turns = row[column]
@@ -386,17 +416,45 @@ def _learn(turn: Mapping[str, Any], place: str) -> bool:
     return True
 
 
-def _call(text: str, place: str) -> Mapping[str, Any]:
+def _calls(text: str, place: str) -> tuple[Mapping[str, Any], ...]:
+    """The calls in the text of a `function_call` turn: one, or a list of several at once."""
     try:
-        call = json.loads(text)
+        found = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise BadRowError(f"{place}: function_call is not JSON ({error})") from error
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise BadRowError(f"{place}: function_call has no name")
-    return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+    return tuple(_call(call, f"{place}: function_call") for call in (found if isinstance(found, list) else [found]))
 
 
-def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+def _tool_calls(turn: Mapping[str, Any], place: str) -> tuple[Mapping[str, Any], ...]:
+    """The `tool_calls` of a turn in OpenAI's form, or without the wrapper {type, function}."""
+    calls = turn.get("tool_calls") or ()
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        raise BadRowError(f"{place}: tool_calls is not a list of calls")
+    found = []
+    for call in calls:
+        more = {"id": str(call["id"])} if call.get("id") is not None else {}
+        found.append({**_call(call.get("function", call), f"{place}: a tool call"), **more})
+    return tuple(found)
+
+
+def _call(call: Any, place: str) -> Mapping[str, Any]:
+    """One call; arguments that are the text of a JSON object become the object, which is what templates write."""
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or not call["name"]:
+        raise BadRowError(f"{place} has no name")
+    arguments = call.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            arguments = json.loads(arguments)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise BadRowError(f"{place}: arguments are not JSON ({error})") from error
+    arguments = arguments or {}
+    if not isinstance(arguments, Mapping):
+        raise BadRowError(f"{place}: arguments are a {type(arguments).__name__}, not an object")
+    return {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+
+
+def read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The schemas in the column `tools`, each in OpenAI's wrapper; () without any."""
     tools = row.get("tools")
     if isinstance(tools, str):
         if not tools.strip():
@@ -409,32 +467,53 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRowError("tools is not a list of schemas")
-    return tuple(tool if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools)
+    schemas = [tool if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
+    for index, schema in enumerate(schemas):
+        function = schema["function"]
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise BadRowError(f"tools, item {index + 1}: no name")
+    return tuple(schemas)
 
 
 class _ColumnsReader:
     """Reads a row by the templates of format columns; `{name}` is the column `name`, `{{` a brace."""
 
-    def __init__(self, columns: Columns) -> None:
-        self._templates = {
-            role: _parsed(text, f"data, columns.{role}")
-            for role, text in (("system", columns.system), ("user", columns.user), ("assistant", columns.assistant))
-            if text is not None
-        }
+    def __init__(self, columns: Columns, task: Task) -> None:
+        pairs, judges = task in PAIR_TASKS, task == "kto"
+        if pairs != (columns.rejected is not None) and not judges:
+            has = "needs the worse answer: set `rejected`" if pairs else "learns from one answer: remove `rejected`"
+            raise ConfigError(f"data, columns: task {task} {has}")
+        if judges and (columns.rejected is None) == (columns.label is None):
+            raise ConfigError("data, columns: task kto needs either `label` or `rejected`")
+        if columns.label is not None and not judges:
+            raise ConfigError(f"data, columns: `label` is for task kto, not {task}")
+        self._label = columns.label
+        texts = (
+            ("system", columns.system),
+            ("user", columns.user),
+            ("assistant", columns.assistant),
+            ("rejected", columns.rejected),
+        )
+        self._templates = {role: _parsed(text, f"data, columns.{role}") for role, text in texts if text is not None}
 
-    def __call__(self, value: Any, where: Where) -> Dialogue:
-        row = _mapping(value)
+    def __call__(self, value: Any, where: Where) -> Dialogue | Pair | Judged:
+        row = mapping(value)
         _no_media(row)
-        messages = []
-        for role, parts in self._templates.items():
-            text = "".join(before + ("" if column is None else _filled(row, column)) for before, column in parts)
-            if role == "system":
-                messages.append(Message("system", text))
-            elif role == "user":
-                messages.append(Message("user", text))
-            else:
-                messages.append(Message("assistant", text, learn=True))
-        return Dialogue(tuple(messages), where)
+        filled = {
+            role: "".join(before + ("" if column is None else _filled(row, column)) for before, column in parts)
+            for role, parts in self._templates.items()
+        }
+        prompt = [Message("system", filled["system"])] if "system" in filled else []
+        prompt.append(Message("user", filled["user"]))
+
+        def answered(text: str) -> Dialogue:
+            return Dialogue((*prompt, Message("assistant", text, learn=True)), where)
+
+        if "rejected" in filled:
+            return Pair(answered(filled["assistant"]), answered(filled["rejected"]), where)
+        if self._label is not None:
+            return Judged(answered(filled["assistant"]), truth(row, self._label), where)
+        return answered(filled["assistant"])
 
 
 def _parsed(template: str, key: str) -> list[tuple[str, str | None]]:
@@ -451,6 +530,15 @@ def _parsed(template: str, key: str) -> list[tuple[str, str | None]]:
                 f"{key}: {template!r}: write {{name}} with a column's name and nothing else in the braces"
             )
     return [(before, column) for before, column, _, _ in parts]
+
+
+def truth(row: Mapping[str, Any], column: str) -> bool:
+    """Whether a column says that an answer is good: true or false, 1 or 0, also as text (csv)."""
+    value = row.get(column)
+    said = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    if said is None:
+        raise BadRowError(f"{column} is {value!r}; an answer is good (true) or not (false)")
+    return said
 
 
 def _filled(row: Mapping[str, Any], column: str) -> str:

@@ -1,32 +1,57 @@
 """The data section of a config becomes samples to train on and a report about them.
 
 The order of things: `hub.locate` finds a source, `sources` reads rows, `formats` makes dialogues, `template` makes
-tokens (in batches: the tokenizer runs on all cores), long ones are cut, `packing` joins the rest into rows.
+tokens (in batches: the tokenizer runs on all cores), long ones are cut, `store` collects them (`cache` keeps them for
+the next run), `mixing` and `packing` say which documents stand in which row.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, islice
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fastft import console
-from fastft.config.schema import Data, Format, Source
-from fastft.data import formats, sources
-from fastft.data.dialogue import Dialogue, Text, Where
-from fastft.data.formats import BadRowError, Item, Task
+from fastft.config.schema import Data, Format, Source, Task
+from fastft.data import byte_level, cache, formats, sources
+from fastft.data.dialogue import Dialogue, Judged, Pair, Text, Where
+from fastft.data.formats import BadRowError, Item
+from fastft.data.mixing import repeated
 from fastft.data.packing import pack, pieces
 from fastft.data.report import DataReport, FileReport, PartReport, SourceReport
-from fastft.data.samples import Documents, Samples
-from fastft.data.template import ChatTemplate, Encoded, Mask, Span
+from fastft.data.samples import (
+    BAD,
+    CHOSEN,
+    GOOD,
+    PLAIN,
+    REJECTED,
+    Collection,
+    Documents,
+    Mask,
+    Numbers,
+    Pairs,
+    Samples,
+)
+from fastft.data.store import Store, digest
+from fastft.data.template import ChatTemplate, Encoded, Span
 from fastft.errors import DataError
 
-# Rows by which `auto` recognises a format.
+# Rows by which `auto` recognises a format, and which are tried before anything else is read.
 ROWS_TO_RECOGNISE = 20
 # Rows tokenised in one call: enough to keep all cores busy, few enough for the memory to stay flat.
 BATCH_ROWS = 512
+# Fewer rows where these are long.
+BATCH_CHARACTERS = 2_000_000
+# Rows of a batch from which on the tokenizer's fast road is worth being made.
+FEWEST_FAST_ROWS = 256
+# Files of a source whose first rows are tried before anything else is read.
+FILES_TO_TRY = 100
+# An odd number whose multiples spread over 64 bits (2**64 divided by the golden ratio), to join two digests.
+MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,157 +63,272 @@ class Prepared:
     report: DataReport
     chat_template: str | None  # the template's text, to be saved with the model; None if no dialogue was rendered
 
+    def pairs(self) -> Pairs:
+        """The train part of a task that compares two answers."""
+        return Pairs(self.train)
 
-def prepare(data: Data, task: Task, tokenizer: Any, seed: int, *, chat_template: str | None = None) -> Prepared:
+
+def prepare(
+    data: Data,
+    task: Task,
+    tokenizer: Any,
+    seed: int,
+    *,
+    chat_template: str | None = None,
+    batch_size: int = 1,
+    keep_going: bool = False,
+) -> Prepared:
     """Read, tokenise, cut and pack a data set.
 
     Args:
         data: the config's section.
         task: `sft` learns the assistant's turns; `pretrain` every token of texts (a dialogue is rendered by the chat
-            template, and learned whole).
+            template, and learned whole); dpo, orpo, reward and kto the answers that are compared.
         tokenizer: a fast tokenizer of transformers.
-        seed: chooses the rows held back by `eval_rows`, and the order of packed rows.
+        seed: chooses the rows held back by `eval_rows`, what a weight takes, and the order of packed rows.
         chat_template: text of a template for a tokenizer without one.
+        batch_size: rows of a step, only to tell how much padding there would be without packing.
+        keep_going: leave out unreadable rows even with on_bad_row: error, and let a part be empty (`check-dataset`).
 
     Raises:
         DataError: unreadable rows (with on_bad_row: error), an unclear format, no template, or nothing left to learn.
         FileError, HubError: a source is not there.
     """
-    encoder = _Encoder(task, tokenizer, chat_template, data)
+    encoder = Encoder(task, tokenizer, chat_template, data, skip=keep_going or data.on_bad_row == "skip")
+    located = {source: _locate(source) for source in (*data.train, *data.eval)}
+    for source, place in located.items():
+        _try(source, place, encoder)
     part = PartReport()
-    documents = _documents(data.train, encoder, part)
-    held_back: Documents | None = None
+    documents = _collected(data.train, located, encoder, part)
+    held_back: Collection | None = None
     eval_part: PartReport | None = None
     if data.eval:
         eval_part = PartReport()
-        held_back = _documents(data.eval, encoder, eval_part)
-        _refuse_empty(held_back, eval_part, "eval")
-    _refuse_empty(documents, part, "train")
+        held_back = _collected(data.eval, located, encoder, eval_part)
+        if not keep_going:
+            _refuse_empty(held_back, eval_part, "eval")
+    if not keep_going:
+        _refuse_empty(documents, part, "train")
+    per_unit = 2 if task in formats.PAIR_TASKS else 1
+    units = np.arange(len(documents) // per_unit, dtype=np.int64)
     num_held_back = 0
     if data.eval_rows and not data.eval:
-        if data.eval_rows >= len(documents):
-            raise DataError(f"data: eval_rows is {data.eval_rows}, but there are only {len(documents)} samples in all")
-        num_held_back = data.eval_rows
-        order = np.random.default_rng(seed).permutation(len(documents))
-        held_back = documents.take(sorted(order[:num_held_back].tolist()))
-        documents = documents.take(sorted(order[num_held_back:].tolist()))
-        eval_part = PartReport(longest=int(held_back.lengths.max()))
-    train = _rows(documents, data, seed)
-    evaluation = None if held_back is None else _rows(held_back, data, seed)
-    _count(part, train)
+        if data.eval_rows >= len(units) and not keep_going:
+            raise DataError(f"data: eval_rows is {data.eval_rows}, but there are only {len(units)} samples in all")
+        num_held_back = min(data.eval_rows, len(units))
+        order = np.random.default_rng(seed).permutation(len(units))
+        eval_units, units = np.sort(order[:num_held_back]), np.sort(order[num_held_back:])
+    mixed = _weighted(units, documents, data.train, part, per_unit=per_unit, seed=seed)
+    packing = data.packing and task in ("pretrain", "sft")
+    train = _rows(documents, mixed, data, per_unit=per_unit, seed=seed, packing=packing)
+    evaluation = None
+    if held_back is not None:
+        every = np.arange(len(held_back) // per_unit, dtype=np.int64)
+        evaluation = _rows(held_back, every, data, per_unit=per_unit, seed=seed, packing=packing)
+    elif num_held_back:
+        evaluation = _rows(documents, eval_units, data, per_unit=per_unit, seed=seed, packing=packing)
+        eval_part = PartReport(longest=int(documents.lengths[evaluation.order].max()))
+    stops = encoder.stop_token_ids()
+    _count(part, train, stops, per_unit=per_unit, batch_size=batch_size, seed=seed)
     if eval_part is not None and evaluation is not None:
-        _count(eval_part, evaluation)
+        _count(eval_part, evaluation, stops, per_unit=per_unit, batch_size=batch_size, seed=seed)
+        measured, learned = (_unit_digests(side, per_unit)[1] for side in (evaluation, train))
+        eval_part.in_train = int(np.isin(measured, learned).sum())
     report = DataReport(
         max_length=data.max_length,
-        packing=data.packing,
+        packing=packing,
         train=part,
         eval=eval_part,
         held_back=num_held_back,
         learns_to_stop=task == "pretrain" or encoder.template is None or encoder.template.learns_to_stop,
+        unit="pairs" if per_unit == 2 else "samples",
     )
     return Prepared(train, evaluation, report, None if encoder.template is None else encoder.template.text)
 
 
-def items(source: Source, task: Task, report: SourceReport, *, skip: bool) -> Iterator[Item]:
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where the rows of a source are."""
+
+    files: tuple[Path, ...]  # what they are made of; for a hub data set the files that `datasets` keeps
+    table: Any = None  # of `datasets`
+    name: str = ""  # of a hub data set
+
+    def rows(self) -> Iterator[tuple[str, Iterator[sources.Row], int]]:
+        """Name, rows and size in bytes of each file."""
+        if self.table is not None:
+            yield self.name, sources.table_rows(self.table, self.name), len(self.table)
+            return
+        for file in self.files:
+            yield str(file), sources.rows(file), max(file.stat().st_size, 1)
+
+
+def _locate(source: Source) -> Located:
+    from fastft.hub import locate
+
+    place = locate.dataset(source)
+    if isinstance(place, Path):
+        return Located(tuple(sources.files(place)))
+    table = sources.hub_table(place)
+    files = tuple(Path(str(file["filename"])) for file in table.cache_files)
+    return Located(files, table, sources.hub_name(place))
+
+
+def _try(source: Source, place: Located, encoder: "Encoder") -> None:
+    """Recognise the format of every file and encode its first rows: what fails there should not fail after an hour.
+
+    Raises:
+        DataError: the format is not clear, or a row among the first is unreadable, unless such rows are left out.
+    """
+    left = source.max_rows
+    for name, rows, _ in islice(place.rows(), FILES_TO_TRY):
+        head = list(islice(rows, ROWS_TO_RECOGNISE if left is None else min(left, ROWS_TO_RECOGNISE)))
+        if not head:
+            continue
+        # max_rows may end before the last file is reached; nothing is asked of files that are not read.
+        if left is not None:
+            left -= len(head)
+        report = SourceReport(source.source)
+        read = formats.reader(_format(source, head, encoder.task, name), source.columns, source.system, encoder.task)
+        batch = list(_read(head, read, report, skip=encoder.skip))
+        encoder.add(batch, Store(), report)
+        if left is not None and left <= 0:
+            return
+
+
+def items(source: Source, place: Located, task: Task, report: SourceReport, *, skip: bool) -> Iterator[Item]:
     """The dialogues and texts of a source, in order.
 
     Raises:
         DataError: an unreadable row, unless `skip`, or a format that is not clear.
     """
-    system, left = source.system, source.max_rows
-    for name, rows, size in _located(source):
-        with console.progress(f"reading {name}", size, "B") as advance:
+    left = source.max_rows
+    for name, rows, size in place.rows():
+        with console.progress(f"reading {name}", size, "B" if place.table is None else "rows") as advance:
             stream = islice(rows, left)
             head = list(islice(stream, ROWS_TO_RECOGNISE))
             if not head:
                 report.empty.append(name)
                 continue
-            chosen: Format = source.format
-            if chosen == "auto":
-                chosen = formats.recognise([row.value for row in head], task, name)
-            read = formats.reader(chosen, source.columns, system, task)
+            chosen = _format(source, head, task, name)
+            read = formats.reader(chosen, source.columns, source.system, task)
             file = FileReport(name, chosen, chosen=source.format == "auto")
             report.files.append(file)
-            for row in chain(head, stream):
-                file.rows += 1
-                try:
-                    item = read(row.value, row.where)
-                except BadRowError as error:
-                    _refuse(error, row.where, report, skip=skip)
-                    continue
-                yield item
-                advance(row.share * size)
+
+            def counted(stream: Iterator[sources.Row], file: FileReport = file) -> Iterator[sources.Row]:
+                for row in stream:
+                    file.rows += 1
+                    yield row
+                    advance(row.share * size)  # noqa: B023  used up within this turn of the loop
+
+            yield from _read(counted(chain(head, stream)), read, report, skip=skip)
         if left is not None:
             left -= file.rows
             if left <= 0:
                 return
 
 
-def _located(source: Source) -> Iterator[tuple[str, Iterator[sources.Row], int]]:
-    """Name, rows and size in bytes of each file of a source."""
-    from fastft.hub import locate
-
-    place = locate.dataset(source)
-    if isinstance(place, Path):
-        for file in sources.files(place):
-            yield str(file), sources.rows(file), max(file.stat().st_size, 1)
-    else:
-        yield f"{place.id}/{place.split}", sources.hub_rows(place), 1
+def _format(source: Source, head: Sequence[sources.Row], task: Task, name: str) -> Format:
+    if source.format != "auto":
+        return source.format
+    return formats.recognise([row.value for row in head], task, name)
 
 
-def _refuse(error: BadRowError, where: Where, report: SourceReport, *, skip: bool) -> None:
+def _read(
+    rows: Iterator[sources.Row] | Sequence[sources.Row], read: formats.Reader, report: SourceReport, *, skip: bool
+) -> Iterator[Item]:
+    for row in rows:
+        try:
+            item = read(row.value, row.where)
+        except BadRowError as error:
+            _refuse(str(error), row.where, report, skip=skip)
+            continue
+        yield item
+
+
+def _refuse(reason: str, where: Where, report: SourceReport, *, skip: bool) -> None:
     if not skip:
-        raise DataError(
-            f"data {where}: {error}; mend the row, or set on_bad_row: skip to leave such rows out"
-        ) from error
-    report.skip(str(error), where)
+        raise DataError(f"data {where}: {reason}; mend the row, or set on_bad_row: skip to leave such rows out")
+    report.skip(reason, where)
 
 
-@dataclass(slots=True)
-class _Flat:
-    """Documents while they are collected."""
-
-    ids: list[np.ndarray[Any, np.dtype[np.int32]]] = field(default_factory=list)
-    learned: list[Mask] = field(default_factory=list)
-    places: list[Where] = field(default_factory=list)
-
-    def add(self, encoded: Encoded, where: Where) -> None:
-        self.ids.append(encoded.ids)
-        self.learned.append(encoded.learned)
-        self.places.append(where)
-
-    def documents(self) -> Documents:
-        lengths = [len(ids) for ids in self.ids]
-        return Documents(
-            np.concatenate([np.zeros(0, dtype=np.int32), *self.ids]),
-            np.concatenate([np.zeros(0, dtype=np.bool_), *self.learned]),
-            np.cumsum([0, *lengths], dtype=np.int64),
-            tuple(self.places),
-        )
-
-
-class _Encoder:
+class Encoder:
     """Items to tokens, by the task."""
 
-    def __init__(self, task: Task, tokenizer: Any, chat_template: str | None, data: Data) -> None:
+    def __init__(self, task: Task, tokenizer: Any, chat_template: str | None, data: Data, *, skip: bool) -> None:
         self.task = task
         self.tokenizer = tokenizer
         self.max_length = data.max_length
-        self.skip = data.on_bad_row == "skip"
+        self.skip = skip
+        self.cache = data.cache
         self.template: ChatTemplate | None = None
         self._fallback = chat_template
+        self._fast: byte_level.ByteLevel | None = None
+        self._asked_for_fast = False
+        self._identity: dict[str, Any] | None = None
 
-    def add(self, batch: Sequence[Item], flat: _Flat, part: PartReport, report: SourceReport) -> None:
-        """Tokenise a batch, cut it to length, and put it into `flat`."""
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the tokens of a row besides the row; JSON."""
+        if self._identity is None:
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            template = self.tokenizer.chat_template or self._fallback
+            self._identity = {
+                "task": self.task,
+                "max_length": self.max_length,
+                "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
+                "special_tokens": {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
+                "template": template,
+                # Llama's templates write the date into each dialogue.
+                "date": time.strftime("%Y-%m-%d") if "strftime_now" in str(template) else None,
+            }
+        return self._identity
+
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end an answer or a text."""
+        if self.template is not None:
+            return self.template.stop_token_ids
+        eos = self.tokenizer.eos_token_id
+        return [] if eos is None else [int(eos)]
+
+    def add(self, batch: Sequence[Item], collected: Store, report: SourceReport) -> None:
+        """Tokenise a batch, cut it to length, and put it into `collected`."""
         texts = [item for item in batch if isinstance(item, Text)]
-        for encoded, item in zip(self._texts(texts), texts, strict=True):
-            self._split(encoded, item.where, flat, part)
-        dialogues = [item for item in batch if isinstance(item, Dialogue)]
-        for encoded, where in self._dialogues(dialogues, report):
-            if self.task == "pretrain":
-                self._split(Encoded(encoded.ids, np.ones_like(encoded.learned)), where, flat, part)
+        for encoded_text, text in zip(self._texts(texts), texts, strict=True):
+            self._split(encoded_text, text.where, collected, report)
+        spoken = [item for item in batch if not isinstance(item, Text)]
+        kinds, dialogues, last = [], [], []  # last: whether the dialogue is the last one of its item
+        for item in spoken:
+            found = _dialogues(item, self.task)
+            for index, (dialogue, kind) in enumerate(found):
+                dialogues.append(dialogue)
+                kinds.append(kind)
+                last.append(self.task not in formats.PAIR_TASKS or index == len(found) - 1)
+        waiting: list[tuple[Encoded, int]] = []
+        refused: str | None = None
+        for encoded, dialogue, kind, complete in zip(self._encode(dialogues), dialogues, kinds, last, strict=True):
+            if isinstance(encoded, BadRowError):
+                refused = refused or str(encoded)
             else:
-                self._cut(encoded, where, flat, part)
+                waiting.append((encoded, kind))
+            if not complete:
+                continue
+            if refused is not None:
+                _refuse(refused, dialogue.where, report, skip=self.skip)
+            elif self.task == "pretrain":
+                whole = waiting[0][0]
+                self._split(Encoded(whole.ids, np.ones_like(whole.learned)), dialogue.where, collected, report)
+            else:
+                _count_unanswered(dialogue, report)
+                self._cut(waiting, dialogue.where, collected, report)
+            waiting, refused = [], None
+
+    def _fast_road(self, num_texts: int) -> byte_level.ByteLevel | None:
+        """The tokenizer's fast road; it takes 0.2 s to be made, so a small data set does without."""
+        if not self._asked_for_fast and num_texts >= FEWEST_FAST_ROWS:
+            self._fast, self._asked_for_fast = byte_level.of(self.tokenizer), True
+        return self._fast
 
     def _texts(self, texts: Sequence[Text]) -> list[Encoded]:
         """Tokens of documents: what the tokenizer adds by itself (bos), and eos at the end of each."""
@@ -197,97 +337,253 @@ class _Encoder:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise DataError("data: the tokenizer has no eos token, which marks the end of a text in task pretrain")
+        encoded = []
+        for ids in self._ids_of([text.text for text in texts]):
+            whole = np.asarray(ids if ids[-1:] == [eos] else [*ids, eos], dtype=np.int32)
+            encoded.append(Encoded(whole, np.ones(len(whole), dtype=np.bool_)))
+        return encoded
+
+    def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts with what the tokenizer adds to each by itself."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        encodings = backend.encode_batch_fast([text.text for text in texts], add_special_tokens=True)
-        encoded = []
-        for encoding in encodings:
-            ids = encoding.ids
-            ids = np.asarray(ids if ids[-1:] == [eos] else [*ids, eos], dtype=np.int32)
-            encoded.append(Encoded(ids, np.ones(len(ids), dtype=np.bool_)))
-        return encoded
+        fast = self._fast_road(len(texts))
+        if fast is None:
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+        found, others = fast.encode(texts, [()] * len(texts))
+        plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+        start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        before, after = whole[:start], whole[start + len(plain) :]
+        ids = [[*before, *part.tolist(), *after] for part, _ in found]
+        for index in others:
+            ids[index] = backend.encode(texts[index], add_special_tokens=True).ids
+        return ids
 
-    def _dialogues(self, dialogues: Sequence[Dialogue], report: SourceReport) -> Iterator[tuple[Encoded, Where]]:
+    def _encode(self, dialogues: Sequence[Dialogue]) -> Iterator[Encoded | BadRowError]:
+        """Tokens of each dialogue, or why there are none."""
         if not dialogues:
             return
         if self.template is None:
             self.template = ChatTemplate(self.tokenizer, self._fallback)
-        texts: list[str] = []
-        spans: list[list[Span]] = []
-        places: list[Where] = []
-        for dialogue in dialogues:
+        rendered: list[tuple[str, list[Span]] | BadRowError] = []
+        texts = self.template.render_all(dialogues)
+        for dialogue, text in zip(dialogues, texts, strict=True):
             try:
-                text, learned = self.template.learned_spans(dialogue.messages, dialogue.tools)
+                rendered.append(self.template.learned_spans(dialogue.messages, dialogue.tools, text))
             except BadRowError as error:
-                _refuse(error, dialogue.where, report, skip=self.skip)
-                continue
-            texts.append(text)
-            spans.append(learned)
-            places.append(dialogue.where)
-        yield from zip(self.template.encode_batch(texts, spans), places, strict=True)
+                rendered.append(error)
+        good = [found for found in rendered if not isinstance(found, BadRowError)]
+        fast = self._fast_road(len(good))
+        encoded = iter(self.template.encode_batch([text for text, _ in good], [spans for _, spans in good], fast))
+        for found in rendered:
+            yield found if isinstance(found, BadRowError) else next(encoded)
 
-    def _cut(self, encoded: Encoded, where: Where, flat: _Flat, part: PartReport) -> None:
-        """Keep the first max_length tokens of a dialogue."""
-        length = len(encoded.ids)
-        part.longest = max(part.longest, length)
+    def _cut(self, parts: Sequence[tuple[Encoded, int]], where: Where, collected: Store, report: SourceReport) -> None:
+        """Keep the first max_length tokens of a dialogue, or of both of a pair."""
+        length = max(len(encoded.ids) for encoded, _ in parts)
+        report.lengths[length] += 1
         if length > self.max_length:
-            part.truncated += 1
-            part.truncated_tokens += length - self.max_length
-            encoded = Encoded(encoded.ids[: self.max_length].copy(), encoded.learned[: self.max_length].copy())
-        self._keep(encoded, where, flat, part)
+            report.truncated += 1
+            report.truncated_tokens += sum(max(len(encoded.ids) - self.max_length, 0) for encoded, _ in parts)
+            report.first.setdefault("truncated", where)
+        # The first token of a document is never learned.
+        if not all(encoded.learned[1 : self.max_length].any() for encoded, _ in parts):
+            report.not_learned += 1
+            report.first.setdefault("not_learned", where)
+            return
+        for encoded, kind in parts:
+            ids, learned = encoded.ids[: self.max_length], encoded.learned[: self.max_length]
+            collected.add(ids, learned, where, digest(encoded.ids), kind)
 
-    def _split(self, encoded: Encoded, where: Where, flat: _Flat, part: PartReport) -> None:
+    def _split(self, encoded: Encoded, where: Where, collected: Store, report: SourceReport) -> None:
         """Cut a text into pieces of max_length tokens; each is a document of its own."""
         length = len(encoded.ids)
-        part.longest = max(part.longest, length)
-        part.split += length > self.max_length
+        report.lengths[length] += 1
+        report.split += length > self.max_length
         for start, end in pieces(length, self.max_length):
-            self._keep(Encoded(encoded.ids[start:end], encoded.learned[start:end]), where, flat, part)
-
-    @staticmethod
-    def _keep(encoded: Encoded, where: Where, flat: _Flat, part: PartReport) -> None:
-        """Keep a document, unless nothing in it is learned (its first token never is)."""
-        if encoded.learned[1:].any():
-            flat.add(encoded, where)
-        else:
-            part.not_learned += 1
+            ids = encoded.ids[start:end]
+            if encoded.learned[start + 1 : end].any():
+                collected.add(ids, encoded.learned[start:end], where, digest(ids))
+            else:
+                report.not_learned += 1
+                report.first.setdefault("not_learned", where)
 
 
-def _documents(from_sources: Sequence[Source], encoder: _Encoder, part: PartReport) -> Documents:
-    flat = _Flat()
+def _dialogues(item: Item, task: Task) -> list[tuple[Dialogue, int]]:
+    """The dialogues that are encoded for an item, and what each is."""
+    if isinstance(item, Pair):
+        kinds = (GOOD, BAD) if task == "kto" else (CHOSEN, REJECTED)
+        return list(zip((item.chosen, item.rejected), kinds, strict=True))
+    if isinstance(item, Judged):
+        return [(item.dialogue, GOOD if item.good else BAD)]
+    return [(cast("Dialogue", item), PLAIN)]
+
+
+def _count_unanswered(dialogue: Dialogue, report: SourceReport) -> None:
+    roles = [message.role for message in dialogue.messages]
+    if any(role == "user" and after != "assistant" for role, after in pairwise(roles)):
+        report.unanswered += 1
+        report.first.setdefault("unanswered", dialogue.where)
+
+
+def _collected(
+    from_sources: Sequence[Source],
+    located: Mapping[Source, Located],
+    encoder: Encoder,
+    part: PartReport,
+) -> Collection:
+    """The documents of all sources; their reports go into `part`."""
+    parts = []
     for source in from_sources:
-        report = SourceReport(source.source)
+        documents, report = _documents(source, located[source], encoder)
+        report.weight = source.weight
+        per_unit = 2 if encoder.task in formats.PAIR_TASKS else 1
+        report.samples = report.used = len(documents) // per_unit
         part.sources.append(report)
-        stream = items(source, encoder.task, report, skip=encoder.skip)
-        while batch := list(islice(stream, BATCH_ROWS)):
-            encoder.add(batch, flat, part, report)
-    return flat.documents()
+        parts.append(documents)
+    part.longest = max(part.lengths, default=0)
+    return Collection(parts)
 
 
-def _refuse_empty(documents: Documents, part: PartReport, name: str) -> None:
+def _documents(source: Source, place: Located, encoder: Encoder) -> tuple[Documents, SourceReport]:
+    """The documents of one source, from the cache or made now."""
+
+    def make(collected: Store) -> SourceReport:
+        report = SourceReport(source.source)
+        if encoder.template is not None:
+            encoder.template.notes.clear()
+        stream = items(source, place, encoder.task, report, skip=encoder.skip)
+        for batch in _batches(stream):
+            encoder.add(batch, collected, report)
+        report.notes = [] if encoder.template is None else list(encoder.template.notes)
+        return report
+
+    entry = cache.entry(encoder.cache, source, place.files, encoder.identity)
+    if entry is None:
+        with Store() as collected:
+            report = make(collected)
+            return collected.documents(), report
+    documents, report = entry.get(make)
+    if report.skipped and not encoder.skip:
+        reason = cast("str", report.first_skipped)
+        _refuse(reason, report.examples[reason], report, skip=False)
+    return documents, report
+
+
+def _batches(stream: Iterator[Item]) -> Iterator[list[Item]]:
+    """Items in the portions in which they are tokenised."""
+    batch: list[Item] = []
+    characters = 0
+    for item in stream:
+        batch.append(item)
+        characters += _num_characters(item)
+        if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _num_characters(item: Item) -> int:
+    if isinstance(item, Text):
+        return len(item.text)
+    if isinstance(item, Pair):
+        return _num_characters(item.chosen) + _num_characters(item.rejected)
+    dialogue = item.dialogue if isinstance(item, Judged) else item
+    return sum(len(message.content) for message in dialogue.messages)
+
+
+def _refuse_empty(documents: Collection, part: PartReport, name: str) -> None:
     if len(documents):
         return
-    rows = sum(source.rows for source in part.sources)
     raise DataError(
-        f"data: nothing is left of the {name} data: {rows:,} rows read, {part.skipped:,} could not be read, "
+        f"data: nothing is left of the {name} data: {part.rows_read:,} rows read, {part.skipped:,} could not be read, "
         f"{part.not_learned:,} have nothing to learn (within max_length)"
     )
 
 
-def _rows(documents: Documents, data: Data, seed: int) -> Samples:
-    """Documents laid out in rows: packed, or one each."""
-    if not data.packing:
-        return Samples(documents, np.arange(len(documents) + 1, dtype=np.int64))
-    rows = pack(documents.lengths.tolist(), data.max_length, seed)
+def _weighted(
+    units: Numbers, documents: Collection, from_sources: Sequence[Source], part: PartReport, *, per_unit: int, seed: int
+) -> Numbers:
+    """The units of an epoch, each as often as the weight of its source says."""
+    mixed = []
+    for index, source in enumerate(from_sources):
+        first, end = documents.firsts[index] // per_unit, documents.firsts[index + 1] // per_unit
+        own = units[(units >= first) & (units < end)]
+        chosen = repeated(own, source.weight, seed + index)
+        part.sources[index].used = len(chosen)
+        mixed.append(chosen)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *mixed])
+
+
+def _rows(documents: Collection, units: Numbers, data: Data, *, per_unit: int, seed: int, packing: bool) -> Samples:
+    """Units laid out in rows: packed, or one document each."""
+    if not packing:
+        order = (units[:, None] * per_unit + np.arange(per_unit)).ravel()
+        return Samples(documents, np.arange(len(order) + 1, dtype=np.int64), order)
+    rows = pack(documents.lengths[units].tolist(), data.max_length, seed)
     if data.shuffle:
         rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
-    ordered = documents.take([document for row in rows for document in row])
-    return Samples(ordered, np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64))
+    order = units[np.asarray([place for row in rows for place in row], dtype=np.int64)]
+    return Samples(documents, np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64), order)
 
 
-def _count(part: PartReport, samples: Samples) -> None:
-    part.documents = len(samples.documents)
-    part.rows = len(samples)
+def _count(
+    part: PartReport, samples: Samples, stops: Sequence[int], *, per_unit: int, batch_size: int, seed: int
+) -> None:
+    part.documents = samples.num_documents // per_unit
+    part.rows = len(samples) // per_unit
     part.tokens = samples.num_tokens
-    part.learned_tokens = samples.num_learned_tokens
+    collection, order = samples.collection, samples.order
+    learned = collection.learned_counts()
+    part.learned_tokens = int(learned[order].sum())
+    kinds = collection.kinds[order]
+    better, worse = np.isin(kinds, (CHOSEN, GOOD)), np.isin(kinds, (REJECTED, BAD))
+    part.chosen_tokens = int(learned[order][better].sum())
+    part.rejected_tokens = int(learned[order][worse].sum())
+    part.good = int((kinds == GOOD).sum())
+    numbers = np.unique(order)
+    _count_duplicates(part, samples, per_unit)
+    part.stops = int(_learn_to_stop(collection, stops)[numbers].reshape(-1, per_unit).all(axis=1).sum())
+    lengths = np.random.default_rng(seed).permutation(collection.lengths[order])
+    short = -len(lengths) % batch_size
+    batches = np.concatenate([lengths, np.zeros(short, dtype=np.int64)]).reshape(-1, batch_size)
+    part.padded_tokens = int(batches.max(axis=1, initial=0).sum() * batch_size)
+
+
+def _learn_to_stop(collection: Collection, stops: Sequence[int]) -> Mask:
+    """Whether each document teaches a token that ends an answer; bool [documents]."""
+    found = [np.zeros(0, dtype=np.bool_)]
+    for part in collection.parts:
+
+        def teaches(tokens: slice, part: Documents = part) -> Mask:
+            return np.asarray(np.isin(part.ids[tokens], stops) & part.learned[tokens])
+
+        found.append(part.count(teaches) > 0)
+    return np.concatenate(found)
+
+
+def _unit_digests(samples: Samples, per_unit: int) -> "tuple[Numbers, np.ndarray[Any, np.dtype[np.uint64]]]":
+    """Number of the first document of each sample (or pair) that stands in a row, once each, and its digest."""
+    numbers = np.unique(samples.order)
+    digests = samples.collection.digests()[numbers].reshape(-1, per_unit)
+    joined = digests[:, 0]
+    for other in range(1, per_unit):
+        joined = joined * MIX ^ digests[:, other]
+    return numbers[::per_unit], joined
+
+
+def _count_duplicates(part: PartReport, samples: Samples, per_unit: int) -> None:
+    """Samples that repeat an earlier one; a pair does if both of its answers do."""
+    numbers, digests = _unit_digests(samples, per_unit)
+    part.distinct = len(numbers)
+    _, firsts, groups = np.unique(digests, return_index=True, return_inverse=True)
+    part.duplicates = len(digests) - len(firsts)
+    if part.duplicates:
+        again = int(np.flatnonzero(firsts[groups] != np.arange(len(digests)))[0])
+        earlier = int(firsts[groups[again]])
+        part.first_duplicate = (
+            samples.collection.place(int(numbers[again])),
+            samples.collection.place(int(numbers[earlier])),
+        )

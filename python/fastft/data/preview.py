@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastft import console
-from fastft.data.samples import NOT_LEARNED, Sample, Samples
+from fastft.config.schema import Task
+from fastft.data.formats import PAIR_TASKS
+from fastft.data.samples import GOOD, NOT_LEARNED, Sample, Samples
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -49,6 +51,23 @@ def view(samples: Samples, index: int, tokenizer: Any, what: Show, *, colour: bo
     else:
         parts.append(views[what])
     return Text("\n").join(parts)
+
+
+def view_of(task: Task, samples: Samples, index: int, tokenizer: Any, what: Show, *, colour: bool) -> "Text":
+    """One sample as `view` shows it; of a preference task both answers of a pair, or the answer and its label."""
+    from rich.text import Text
+
+    style = "bold" if colour else ""
+    if task in PAIR_TASKS:
+        parts = []
+        for name, place in (("chosen", 2 * index), ("rejected", 2 * index + 1)):
+            parts += [Text(f"pair {index}, {name}:", style), view(samples, place, tokenizer, what, colour=colour)]
+        return Text("\n").join(parts)
+    shown = view(samples, index, tokenizer, what, colour=colour)
+    if task != "kto":
+        return shown
+    good = samples.collection.kinds[samples.numbers(index)[0]] == GOOD
+    return Text("\n").join([Text("called good:" if good else "called bad:", style), shown])
 
 
 def header(samples: Samples, index: int) -> str:

@@ -2,14 +2,16 @@
 
 Reads json (an array, an object that holds one, or one value per line), jsonl, parquet, csv and txt, each also as .gz,
 as UTF-8 with or without a byte order mark. A txt file is one row with the single column `text`: its documents are not
-guessed at, packing cuts it where max_length demands. Rows go to `formats`. Everything is read as a stream, except a
-json array, which has to be parsed whole.
+guessed at, packing cuts it where max_length demands. Rows go to `formats`. Everything is read as a stream, so that a file
+may be larger than the memory; except a json object around the rows, and a txt file, which is one row.
 """
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,10 @@ from fastft.errors import DataError, FileError, HubError
 KINDS = ("json", "jsonl", "parquet", "csv", "txt")
 # An object with one of these keys is a row by itself; any other object must hold one list of rows.
 ROW_KEYS = frozenset({"messages", "conversations", "conversation", "instruction", "text"})
+# Characters of a json file that are read at a time.
+CHUNK_CHARACTERS = 1 << 20
+# White space of JSON.
+BLANKS = re.compile(r"[ \t\n\r]*")
 # Long documents stand in single csv fields; the csv module's own limit is 128 KiB.
 CSV_FIELD_LIMIT = 2**31 - 1
 
@@ -104,25 +110,39 @@ def rows(path: Path) -> Iterator[Row]:
         raise FileError(f"data {path}: cannot be read ({error.strerror or error})") from error
 
 
-def hub_rows(dataset: HubDataset) -> Iterator[Row]:
-    """The rows of a data set on the Hugging Face hub (or in its cache), through `datasets`.
+def hub_name(dataset: HubDataset) -> str:
+    """What a hub data set is called in reports."""
+    return f"{dataset.id if dataset.subset is None else f'{dataset.id} ({dataset.subset})'}/{dataset.split}"
+
+
+def hub_table(dataset: HubDataset) -> Any:
+    """The table of a data set on the Hugging Face hub (or in its cache), through `datasets`; its files are mapped.
 
     Raises:
         HubError: the data set cannot be had.
     """
     import datasets
 
-    name = dataset.id if dataset.subset is None else f"{dataset.id} ({dataset.subset})"
     try:
-        table = datasets.load_dataset(dataset.id, dataset.subset, split=dataset.split, revision=dataset.revision)
+        return datasets.load_dataset(dataset.id, dataset.subset, split=dataset.split, revision=dataset.revision)
     except Exception as error:  # load_dataset raises dozens of kinds; each means that there is no such data set
-        raise HubError(f"data set {name}, split {dataset.split}: {error}") from error
+        raise HubError(f"data set {hub_name(dataset)}: {error}") from error
+
+
+def table_rows(table: Any, name: str) -> Iterator[Row]:
+    """The rows of a table of `datasets`."""
     for index, value in enumerate(table):
-        yield Row(value, Where(f"{name}/{dataset.split}", index + 1), (index + 1) / len(table))
+        yield Row(value, Where(name, index + 1), (index + 1) / len(table))
 
 
 def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _done(stream: gzip.GzipFile | io.BufferedReader, num_bytes: int) -> int:
+    """Bytes of the file that have been read, where `num_bytes` came out of the stream: fewer of a .gz."""
+    packed: Any = stream.fileobj if isinstance(stream, gzip.GzipFile) else None
+    return num_bytes if packed is None else int(packed.tell())
 
 
 def _text(path: Path) -> str:
@@ -142,6 +162,16 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
 
 
 def _json(path: Path) -> Iterator[Row]:
+    with _open(path) as stream:
+        text = _Text(stream, path)
+        text.more()
+        if text.skip_blanks() == "[" and not text.is_lines():
+            yield from _elements(text, path)
+            return
+    yield from _whole_json(path)
+
+
+def _whole_json(path: Path) -> Iterator[Row]:
     text = _text(path)
     try:
         value = json.loads(text)
@@ -153,6 +183,127 @@ def _json(path: Path) -> Iterator[Row]:
     found = _row_list(value, path)
     for index, row in enumerate(found):
         yield Row(row, Where(str(path), index + 1), (index + 1) / len(found))
+
+
+class _Text:
+    """A file as text, of which only the part around one value is in memory."""
+
+    def __init__(self, stream: gzip.GzipFile | io.BufferedReader, path: Path) -> None:
+        self._stream = stream
+        self._path = path
+        self._size = max(path.stat().st_size, 1)
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._bytes = 0
+        # Lines before `buffer`, and characters of its first line before it: places of errors are told by both.
+        self._lines = 0
+        self._column = 0
+        self.buffer = ""
+        self.place = 0
+        self.ended = False
+
+    @property
+    def share(self) -> float:
+        """Part of the file that has been read, 0 to 1."""
+        return min(_done(self._stream, self._bytes) / self._size, 1.0)
+
+    def more(self, count: int = CHUNK_CHARACTERS) -> None:
+        """Drop what lies before `place` and read on."""
+        dropped = self.buffer[: self.place]
+        line_end = dropped.rfind("\n")
+        self._column = len(dropped) - line_end - 1 if line_end >= 0 else self._column + len(dropped)
+        self._lines += dropped.count("\n")
+        self.buffer, self.place = self.buffer[self.place :], 0
+        raw = self._stream.read(count)
+        first = not self._bytes
+        self._bytes += len(raw)
+        self.ended = not raw
+        try:
+            read = self._decoder.decode(raw, final=self.ended)
+        except UnicodeDecodeError as error:
+            line = 1 + self._lines + self.buffer.count("\n") + error.object.count(b"\n", 0, error.start)
+            raise DataError(
+                f"data {self._path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8"
+            ) from error
+        self.buffer += read.removeprefix("\ufeff") if first else read
+
+    def skip_blanks(self) -> str:
+        """The next character that is not white space, at `place` then; "" at the end."""
+        while True:
+            found = BLANKS.match(self.buffer, self.place)
+            assert found is not None
+            self.place = found.end()
+            if self.place < len(self.buffer) or self.ended:
+                return self.buffer[self.place : self.place + 1]
+            self.more()
+
+    def is_lines(self) -> bool:
+        """Whether the first line is a value by itself and another follows: one list of messages per line."""
+        line, line_end, rest = self.buffer[self.place :].partition("\n")
+        if not line_end or not rest.strip():
+            return False
+        try:
+            json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            return False
+        return True
+
+    def value(self) -> Any:
+        """The value at `place`, which is then behind it.
+
+        Raises:
+            DataError: there is none.
+        """
+        wanted = CHUNK_CHARACTERS
+        while True:
+            try:
+                found, end = _DECODER.raw_decode(self.buffer, self.place)
+            except RecursionError as error:
+                raise DataError(_broken(self._path, error)) from error
+            except json.JSONDecodeError as error:
+                if self.ended:
+                    raise self.broken(error.msg, error.pos) from error
+            else:
+                # A number at the very end of the buffer may go on behind it.
+                if end < len(self.buffer) or self.ended:
+                    self.place = end
+                    return found
+            self.more(wanted)
+            wanted *= 2  # a value of many chunks is tried a few times only
+
+    def broken(self, what: str, place: int) -> DataError:
+        """An error with line and column of a place in the buffer."""
+        before = self.buffer[:place]
+        line_end = before.rfind("\n")
+        column = place - line_end if line_end >= 0 else self._column + place + 1
+        line = 1 + self._lines + before.count("\n")
+        return DataError(f"data {self._path}:{line}: broken JSON, {what} at column {column}")
+
+
+_DECODER = json.JSONDecoder()
+
+
+def _elements(text: _Text, path: Path) -> Iterator[Row]:
+    """The elements of the array at `text`, each as soon as it is read."""
+    text.place += 1
+    number = 0
+    if text.skip_blanks() == "]":
+        text.place += 1
+    else:
+        while True:
+            text.skip_blanks()
+            value = text.value()
+            number += 1
+            following = text.skip_blanks()
+            last = following == "]" and text.ended
+            yield Row(value, Where(str(path), number), 1.0 if last else text.share)
+            if following == "]":
+                text.place += 1
+                break
+            if following != ",":
+                raise text.broken("Expecting ',' delimiter", text.place)
+            text.place += 1
+    if text.skip_blanks():
+        raise text.broken("Extra data", text.place)
 
 
 def _broken(path: Path, error: Exception, line: int | None = None) -> str:
@@ -181,7 +332,6 @@ def _jsonl(path: Path) -> Iterator[Row]:
     size, done = max(path.stat().st_size, 1), 0
     with _open(path) as stream:
         for index, raw in enumerate(stream):
-            # For .gz `done` counts unpacked bytes: the bar then reaches its end early, which harms nobody.
             done += len(raw)
             line = _decode(raw, path, index + 1)
             if not line.strip():
@@ -190,29 +340,46 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 value = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
                 raise DataError(_broken(path, error, index + 1)) from error
-            yield Row(value, Where(str(path), index + 1, "line"), min(done / size, 1.0))
+            yield Row(value, Where(str(path), index + 1, "line"), min(_done(stream, done) / size, 1.0))
 
 
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(CSV_FIELD_LIMIT)
-    text = _text(path)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    total = max(text.count("\n"), 1)
-    try:
-        header = next(reader, None)
-        if header is None:
-            raise DataError(f"data {path}: the file is empty; a csv file starts with the names of its columns")
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"data {path}:{reader.line_num}: {len(cells)} cells, but the header names {len(header)} columns"
-                )
-            where = Where(str(path), reader.line_num, "line")
-            yield Row(dict(zip(header, cells, strict=True)), where, min(reader.line_num / total, 1.0))
-    except csv.Error as error:
-        raise DataError(f"data {path}:{reader.line_num}: broken csv, {error}") from error
+    size = max(path.stat().st_size, 1)
+    with _open(path) as stream:
+        lines = _Lines(stream, path)
+        reader = csv.reader(lines, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                raise DataError(f"data {path}: the file is empty; a csv file starts with the names of its columns")
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"data {path}:{reader.line_num}: {len(cells)} cells, but the header names {len(header)} columns"
+                    )
+                where = Where(str(path), reader.line_num, "line")
+                yield Row(dict(zip(header, cells, strict=True)), where, min(_done(stream, lines.num_bytes) / size, 1.0))
+        except csv.Error as error:
+            raise DataError(f"data {path}:{reader.line_num}: broken csv, {error}") from error
+
+
+class _Lines:
+    """The lines of a file as text, with their line ends."""
+
+    def __init__(self, stream: gzip.GzipFile | io.BufferedReader, path: Path) -> None:
+        self._stream = stream
+        self._path = path
+        self._number = 0
+        self.num_bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for raw in self._stream:
+            self._number += 1
+            self.num_bytes += len(raw)
+            yield _decode(raw, self._path, self._number)
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -6,23 +6,30 @@ that the tokenizer gives. Takes dialogues of `dialogue`; `prepare`, `chat` and t
 
 A turn is learned from where the generation prompt ends (that is where the model starts to speak) to the end of its
 end-of-turn mark, which the model must learn in order to stop; white space that the template puts after the mark is
-not learned. A token that lies across a border belongs to the side on which it starts.
+not learned. A token that lies across a border belongs to the side on which it starts. A template that ends no turn at
+all (ChatGLM3, GLM-4) gets the eos token behind the last answer, the one place where ids are more than transformers';
+before that the mark of the next turn is learned, on which these models stop.
 
 How a turn is found: the dialogue is rendered once as it is, and once per pattern of roles with each text replaced by a
 mark of its own. Between the marks stands what the template itself writes; the real text must be these pieces with the
 real contents (or the contents stripped) between them. Where it is not, because the template rewrites a turn (Qwen3 moves
-<think> about, tool calls become text), that turn alone is replaced by a mark and what stays equal before and after
-bounds it. Where that fails too, the row is refused.
+<think> about, tool calls become text), that turn alone is replaced by a mark (or its call by one whose name is the mark)
+and what stays equal before and after bounds it. Where that fails too, the row is refused, as is one of which the template
+leaves something out. Mistral-Nemo shows a system message only while the user has the last word: such a dialogue is
+rendered up to its last answer as `chat` does it, and the answer is put behind it.
 """
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastft.data.dialogue import Message
+from fastft.data.byte_level import ByteLevel
+from fastft.data.dialogue import Dialogue, Message
 from fastft.data.formats import BadRowError
 from fastft.errors import DataError
 
@@ -30,6 +37,8 @@ from fastft.errors import DataError
 MARK, MARK_END = "\ue0f0", "\ue0f1"
 # Stands for the eos token while looking for the end of a turn: some templates end the whole text with it.
 EOS_MARK = "\ue0f2"
+# What templates of Mistral's family demand of a call's id.
+CALL_ID = re.compile(r"[A-Za-z0-9]{9}")
 # Skeletons kept; real data sets have a few dozen patterns of roles.
 MAX_SKELETONS = 4096
 
@@ -37,6 +46,10 @@ Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 Span = tuple[int, int]
 Rendering = Sequence[Mapping[str, Any]]
+
+
+class LeftOutError(BadRowError):
+    """The template does not write all that the dialogue says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +101,8 @@ class ChatTemplate:
         # What is used, and what belongs into the adapter's folder.
         self.text: str = text
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
+        # What the template made necessary in the dialogues so far and the user should know, each said once.
+        self.notes: dict[str, None] = {}
         # What ends the assistant's turn ("<|im_end|>"); "" if the template has no such mark.
         self.end_of_turn: str
         # What ends only the last turn: the eos token of a template without an end-of-turn mark.
@@ -103,19 +118,33 @@ class ChatTemplate:
             except DataError:
                 self._parts = False
                 self._ends()  # raises: what it says of plain text is the better explanation
+        # Without any end in the template: what is put behind the last answer, and tokens that may open a next turn.
+        self._appended = ""
+        self._turn_marks: tuple[str, ...] = ()
+        if not self.end_of_turn and not self._end_of_text:
+            self._appended = str(tokenizer.special_tokens_map.get("eos_token", ""))
+            self._turn_marks = tuple(sorted(tokenizer.get_added_vocab(), key=len, reverse=True))
+        self._needs_call_ids: bool | None = None  # found out with the first tool call
 
     @property
     def learns_to_stop(self) -> bool:
         """Whether something learned tells the model to stop: without it, answers do not end."""
-        return bool(self.end_of_turn or self._end_of_text)
+        return bool(self.end_of_turn or self._end_of_text or self._appended)
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Tokens that end an answer: the one that ends a turn (where it is one token) and eos."""
+        """Tokens that end an answer: the one that ends a turn (where it is one token), eos, or the user's turn."""
         backend = self._backend()
         ends = backend.encode(self.end_of_turn, add_special_tokens=False).ids if self.end_of_turn else []
         eos = self._tokenizer.eos_token_id
         found = ([ends[0]] if len(ends) == 1 else []) + ([] if eos is None else [int(eos)])
+        if self._turn_marks:
+            asked = [
+                {"role": role, "content": _mark(index)} for index, role in enumerate(("user", "assistant", "user"))
+            ]
+            opening = self.render(asked).partition(_mark(1))[2]
+            mark = next((mark for mark in self._turn_marks if opening.startswith(mark)), None)
+            found += [] if mark is None else [int(self._tokenizer.convert_tokens_to_ids(mark))]
         return list(dict.fromkeys(found))
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[Ids, Mask]:
@@ -134,8 +163,28 @@ class ChatTemplate:
         backend = self._backend()
         return list(backend.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
-        """Tokens of rendered texts; `spans` are the learned stretches of each in characters, sorted and disjoint."""
+    def encode_batch(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], fast: ByteLevel | None = None
+    ) -> list[Encoded]:
+        """Tokens of rendered texts.
+
+        Args:
+            texts: as `learned_spans` gives them.
+            spans: the learned stretches of each in characters, sorted and disjoint.
+            fast: the tokenizer's fast road, for whoever encodes many dialogues.
+        """
+        if fast is None:
+            return self._encode_plainly(texts, spans)
+        found, others = fast.encode(texts, spans)
+        encoded = [Encoded(ids, learned) for ids, learned in found]
+        if others:
+            plain = self._encode_plainly([texts[index] for index in others], [spans[index] for index in others])
+            for index, other in zip(others, plain, strict=True):
+                encoded[index] = other
+        return encoded
+
+    def _encode_plainly(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
+        """By the tokenizers library alone."""
         encodings = self._backend().encode_batch(list(texts), add_special_tokens=False)
         return [
             Encoded(np.asarray(encoding.ids, dtype=np.int32), _mask(encoding, text, learned))
@@ -156,13 +205,42 @@ class ChatTemplate:
         Raises:
             BadRowError: the template refuses the dialogue.
         """
+        return self._rendered([messages], tools, generation=generation, **names)[0]
+
+    def render_all(self, dialogues: Sequence[Dialogue]) -> list[str | None]:
+        """What `render` gives for each dialogue without tools, in half the time; None where it has to be asked."""
+        plain = [
+            not (dialogue.tools or any(message.tool_calls for message in dialogue.messages)) for dialogue in dialogues
+        ]
+        together = [
+            [_as_mapping(message) for message in dialogue.messages]
+            for dialogue, alone in zip(dialogues, plain, strict=True)
+            if alone
+        ]
+        try:
+            texts = iter(self._rendered(together, ()) if together else [])
+        except BadRowError:
+            return [None] * len(dialogues)  # one by one it is clear which of them the template refuses
+        return [next(texts) if alone else None for alone in plain]
+
+    def _rendered(
+        self,
+        conversations: Sequence[Rendering],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        generation: bool = False,
+        **names: str,
+    ) -> list[str]:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        conversation = [_in_parts(message) for message in messages] if self._parts else list(messages)
+        shown = [
+            [_in_parts(message) for message in messages] if self._parts else list(messages)
+            for messages in conversations
+        ]
         try:
             rendered, _ = render_jinja_template(
-                conversations=[conversation],
+                conversations=shown,
                 tools=list(tools) or None,
                 chat_template=self.text,
                 add_generation_prompt=generation,
@@ -171,26 +249,116 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
             # A template is a program: reading what a message does not have ends in any of these.
             raise BadRowError(f"the chat template refuses the dialogue: {error}") from error
-        text: str = rendered[0]
-        return text
+        return [str(text) for text in rendered]
 
     def learned_spans(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), text: str | None = None
     ) -> tuple[str, list[Span]]:
-        """The dialogue as text, and the stretches of it (start, end in characters) that are learned."""
+        """The dialogue as text, and the stretches of it (start, end in characters) that are learned.
+
+        Args:
+            messages: the turns.
+            tools: JSON schemas of tools.
+            text: what `render` gives for them, if it has been asked.
+
+        Raises:
+            BadRowError: the template refuses the dialogue, leaves a part of it out, or rewrites it beyond recognition.
+        """
+        has_calls = any(message.tool_calls for message in messages)
+        if has_calls:
+            messages = self._with_call_ids(messages)
         mappings = [_as_mapping(message) for message in messages]
-        text = self.render(mappings, tools)
+        if text is None:
+            text = self.render(mappings, tools)
         if MARK in text or MARK_END in text:
             raise BadRowError("the text holds the private characters U+E0F0 or U+E0F1, which fastft needs for itself")
-        if not tools and not any(message.tool_calls for message in messages):
-            skeleton = self._skeleton([message.role for message in messages])
+        if tools or has_calls:
+            _require_kept(text, messages, tools)
+        else:
+            try:
+                skeleton = self._skeleton([message.role for message in messages])
+            except LeftOutError:
+                if messages[0].role != "system":
+                    raise
+                return self._continued(messages)
             spans = _walk(text, messages, skeleton)
             if spans is not None:
-                return text, self._to_the_end(text, messages, spans)
+                return self._ended(text, messages, spans)
         spans = [
             self._turn_span(text, mappings, index, tools) for index, message in enumerate(messages) if message.learn
         ]
-        return text, self._to_the_end(text, messages, sorted(spans))
+        return self._ended(text, messages, sorted(spans))
+
+    def _ended(self, text: str, messages: Sequence[Message], spans: list[Span]) -> tuple[str, list[Span]]:
+        """Put an end behind the last answer where the template has none, and learn it."""
+        if self._appended and messages[-1].role == "assistant":
+            self.notes[f"the chat template ends no turn; {self._appended} is put behind the last answer"] = None
+            if messages[-1].learn:
+                spans[-1] = (spans[-1][0], len(text) + len(self._appended))
+            return text + self._appended, spans
+        return text, self._to_the_end(text, messages, spans)
+
+    def _continued(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """As `learned_spans`, for a template that writes the system message only while the user has the last word."""
+        *earlier, last = messages
+        opened = self.render([_as_mapping(message) for message in earlier], generation=True)
+        skeleton = self._skeleton([message.role for message in earlier], generation=True)
+        spans = _walk(opened, earlier, skeleton)
+        if spans is None:
+            raise LeftOutError("the chat template leaves out the text of turn 1 (system)")
+        # What it writes for the last turn does not depend on the system message.
+        other, found = self.learned_spans([*messages[1:-1], replace(last, learn=True)])
+        start, end = found[-1]
+        if last.learn:
+            spans.append((len(opened), len(opened) + end - start))
+        self.notes["the system message stands where the chat template puts it when it asks for the last answer"] = None
+        return opened + other[start:], spans
+
+    def _with_call_ids(self, messages: Sequence[Message]) -> list[Message]:
+        """Give tool calls and their results the ids that the template demands; as they are where it demands none."""
+        if self._needs_call_ids is None:
+            self._needs_call_ids = self._demands_call_ids()
+        if not self._needs_call_ids:
+            return list(messages)
+        self.notes["the chat template demands ids of nine signs of tool calls; those without got some"] = None
+        new_ids: dict[str, str] = {}
+        waiting: list[str] = []  # calls whose results come next
+        given = 0
+        found = []
+        for message in messages:
+            calls = []
+            for call in message.tool_calls:
+                own = call.get("id")
+                if own is None or not CALL_ID.fullmatch(str(own)):
+                    identity = f"call{given:05d}"
+                    if own is not None:
+                        new_ids[str(own)] = identity
+                else:
+                    identity = str(own)
+                given += 1
+                waiting.append(identity)
+                calls.append({**call, "id": identity})
+            identity_of = message.tool_call_id
+            if message.role == "tool":
+                expected = waiting.pop(0) if waiting else None
+                identity_of = expected if identity_of is None else new_ids.get(identity_of, identity_of)
+                if identity_of in waiting:
+                    waiting.remove(identity_of)
+            found.append(replace(message, tool_calls=tuple(calls), tool_call_id=identity_of))
+        return found
+
+    def _demands_call_ids(self) -> bool:
+        """Whether the template refuses tool calls without an id and takes them with one."""
+        for identity in ({}, {"id": "call00000"}):
+            call = {"type": "function", "function": {"name": "name", "arguments": {}}, **identity}
+            result = {"role": "tool", "content": "0"} | ({"tool_call_id": "call00000"} if identity else {})
+            asked = {"role": "user", "content": "a"}
+            try:
+                self.render([asked, {"role": "assistant", "content": "", "tool_calls": [call]}, result])
+            except BadRowError:
+                continue
+            return bool(identity)
+        return False
 
     def _to_the_end(self, text: str, messages: Sequence[Message], spans: list[Span]) -> list[Span]:
         """Let the last turn reach the eos token at the end of the text, where no other mark ends a turn."""
@@ -237,23 +405,23 @@ class ChatTemplate:
             raise BadRowError(f"a text appears {text.count(mark)} times")
         return text[text.index(mark) + len(mark) :]
 
-    def _skeleton(self, roles: Sequence[str]) -> _Skeleton:
-        key = tuple(roles)
+    def _skeleton(self, roles: Sequence[str], *, generation: bool = False) -> _Skeleton:
+        key = (*roles, "generation") if generation else tuple(roles)
         if key not in self._skeletons:
             if len(self._skeletons) >= MAX_SKELETONS:
                 self._skeletons.clear()
-            self._skeletons[key] = self._new_skeleton(roles)
+            self._skeletons[key] = self._new_skeleton(roles, generation=generation)
         return self._skeletons[key]
 
-    def _new_skeleton(self, roles: Sequence[str]) -> _Skeleton:
+    def _new_skeleton(self, roles: Sequence[str], *, generation: bool) -> _Skeleton:
         messages = [{"role": role, "content": _mark(index)} for index, role in enumerate(roles)]
-        text = self.render(messages)
+        text = self.render(messages, generation=generation)
         found = list(_marks(text))
         seen = [index for index, _ in found]
         for index, role in enumerate(roles):
             if seen.count(index) != 1:
                 times = "leaves out" if index not in seen else "repeats"
-                raise BadRowError(f"the chat template {times} the text of turn {index + 1} ({role})")
+                raise LeftOutError(f"the chat template {times} the text of turn {index + 1} ({role})")
         literals, place = [], 0
         for index, start in found:
             literals.append(text[place:start])
@@ -265,8 +433,14 @@ class ChatTemplate:
             if roles[index] == "assistant":
                 before = _mark(seen[k - 1]) if k else ""
                 lead[k] = len(literals[k]) - self._start(before, literals[k] + _mark(index), messages[:index])
-                tail[k + 1] = len(_common_start([self.end_of_turn, literals[k + 1]]).rstrip())
+                tail[k + 1] = self._tail(literals[k + 1])
         return _Skeleton(tuple(seen), tuple(literals), tuple(lead), tuple(tail))
+
+    def _tail(self, following: str) -> int:
+        """Characters of what follows an answer that end its turn."""
+        if self._turn_marks:
+            return next((len(mark) for mark in self._turn_marks if following.startswith(mark)), 0)
+        return len(_common_start([self.end_of_turn, following]).rstrip())
 
     def _start(self, before: str, written: str, earlier: Rendering) -> int:
         """Where in `written`, which ends with an answer's mark and follows `before`, the model starts to speak."""
@@ -283,20 +457,60 @@ class ChatTemplate:
 
     def _turn_span(self, text: str, mappings: Rendering, index: int, tools: Sequence[Mapping[str, Any]]) -> Span:
         """The learned stretch of one turn, found by replacing this turn alone."""
+        if mappings[index].get("tool_calls"):
+            return self._call_span(text, mappings, index, tools)
         marked = [dict(message) for message in mappings]
         marked[index] = {"role": "assistant", "content": _mark(index)}
         skeleton = self.render(marked, tools)
         if skeleton.count(_mark(index)) != 1:
-            raise BadRowError(f"the chat template leaves out or repeats turn {index + 1} (assistant)")
+            raise LeftOutError(f"the chat template leaves out or repeats turn {index + 1} (assistant)")
         start = skeleton.index(_mark(index))
         after = skeleton[start + len(_mark(index)) :]
-        start = self._opening(skeleton, start, mappings[:index], tools)
+        start = self._opening(skeleton, start, mappings[:index], tools, self._lead)
         end = len(text) - len(after)
         if not text.startswith(skeleton[:start]) or not text.endswith(after) or end < start:
             raise BadRowError(f"the chat template rewrites other turns depending on turn {index + 1} (assistant)")
-        return start, end + len(_common_start([self.end_of_turn, after]).rstrip())
+        return start, end + self._tail(after)
 
-    def _opening(self, skeleton: str, start: int, earlier: Rendering, tools: Sequence[Mapping[str, Any]]) -> int:
+    def _call_span(self, text: str, mappings: Rendering, index: int, tools: Sequence[Mapping[str, Any]]) -> Span:
+        """The learned stretch of a turn that calls tools, found by putting one call named by a mark in their place."""
+        turn = f"turn {index + 1} (assistant)"
+        calls = mappings[index]["tool_calls"]
+        marked = [dict(message) for message in mappings]
+        marked[index]["tool_calls"] = [_marked_call(index, calls[0])]
+        skeleton = self.render(marked, tools)
+        if skeleton.count(_mark(index)) != 1:
+            raise LeftOutError(f"the chat template leaves out or repeats the tool call of {turn}")
+        if not self.end_of_turn:
+            raise BadRowError(f"the chat template ends no turn, so the end of the tool call of {turn} is unknown")
+        start = skeleton.index(_mark(index))
+        after = skeleton[start + len(_mark(index)) :]
+        start = self._opening(skeleton, start, mappings[:index], tools, self._call_lead(calls[0]))
+        # The call in the skeleton has no arguments, so the first end of a turn after it is its own.
+        _, found, rest = after.partition(self.end_of_turn)
+        end = len(text) - len(rest)
+        if not found or not text.startswith(skeleton[:start]) or not text.endswith(rest) or end < start:
+            raise BadRowError(f"the chat template rewrites other turns depending on {turn}")
+        for call in calls:
+            if call["function"]["name"] not in text[start:end]:
+                raise LeftOutError(f"the chat template leaves out a tool call of {turn}")
+        return start, end
+
+    def _call_lead(self, call: Mapping[str, Any]) -> str:
+        """What the assistant says before the name of a tool that it calls."""
+        asked = {"role": "user", "content": "a"}
+        try:
+            opened = self.render([asked], generation=True)
+            called = {"role": "assistant", "content": "", "tool_calls": [_marked_call(0, call)]}
+            written = self.render([asked, called])
+        except BadRowError:
+            return ""
+        before = written.partition(_mark(0))[0]
+        return before[len(_common_start([opened, before])) :]
+
+    def _opening(
+        self, skeleton: str, start: int, earlier: Rendering, tools: Sequence[Mapping[str, Any]], lead: str
+    ) -> int:
         """Where in `skeleton`, at `start` or a little before, the model starts to speak."""
         if earlier:
             try:
@@ -305,7 +519,7 @@ class ChatTemplate:
                 opened = ""
             if len(opened) <= start and skeleton.startswith(opened) and opened:
                 return len(opened)
-        return start - (len(self._lead) if skeleton[:start].endswith(self._lead) else 0)
+        return start - (len(lead) if skeleton[:start].endswith(lead) else 0)
 
 
 def _as_mapping(message: Message) -> dict[str, Any]:
@@ -316,6 +530,29 @@ def _as_mapping(message: Message) -> dict[str, Any]:
     if message.tool_call_id is not None:
         mapping["tool_call_id"] = message.tool_call_id
     return mapping
+
+
+def _marked_call(index: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    """A call without arguments whose name is a mark."""
+    named = {"type": "function", "function": {"name": _mark(index), "arguments": {}}}
+    return {**named, "id": like["id"]} if "id" in like else named
+
+
+def _require_kept(text: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+    """See that the names of all tools and all that is not the assistant's stand in the rendered text.
+
+    What the assistant says is looked for where its turn is found; a template may drop its thoughts.
+    """
+    for tool in tools:
+        if tool["function"]["name"] not in text:
+            raise LeftOutError(f"the chat template leaves out the tools ({tool['function']['name']})")
+    for index, message in enumerate(messages):
+        content = message.content.strip()
+        if message.role == "assistant" or content in text:
+            continue
+        # Llama writes results of tools as JSON.
+        if json.dumps(content, ensure_ascii=False)[1:-1] not in text:
+            raise LeftOutError(f"the chat template leaves out the text of turn {index + 1} ({message.role})")
 
 
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:

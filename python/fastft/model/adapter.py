@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def lora_config(lora: schema.Lora, base_name: str) -> Any:
-    """Peft's LoraConfig for a schema block; `base_name` is what adapter_config.json will say the base is."""
+def lora_config(lora: schema.Lora, base_name: str, task: schema.Task = "sft") -> Any:
+    """Peft's LoraConfig for a schema block; `base_name` is what adapter_config.json will say the base is.
+
+    Starts that are ours (`lora_start`) are plain to peft: what is saved loads and merges like any adapter.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if task == "reward" else "CAUSAL_LM",
         base_model_name_or_path=base_name,
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
@@ -27,11 +30,13 @@ def lora_config(lora: schema.Lora, base_name: str) -> Any:
         target_modules=lora.targets if lora.targets == "all-linear" else list(lora.targets),
         modules_to_save=list(lora.modules_to_save) or None,
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         bias="none",
     )
 
 
-def attach(model: Any, lora: schema.Lora, base_name: str) -> Any:
+def attach(model: Any, lora: schema.Lora, base_name: str, task: schema.Task = "sft") -> Any:
     """Freeze `model` and put trainable fp32 adapters on it.
 
     peft.prepare_model_for_kbit_training is never called: it would turn all 16-bit weights, embeddings included, into
@@ -50,7 +55,7 @@ def attach(model: Any, lora: schema.Lora, base_name: str) -> Any:
     _check_names(model, "lora.modules_to_save", lora.modules_to_save)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    config = lora_config(lora, base_name)
+    config = lora_config(lora, base_name, task)
     # peft writes the folder the model was loaded from; a base that was laid out anew must be known by its own name.
     model.name_or_path = base_name
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)

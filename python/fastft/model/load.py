@@ -14,9 +14,9 @@ from typing import Any
 from fastft import console
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
-from fastft.model import adapter, device, memory, placement, quantization, quiet
+from fastft.model import adapter, device, freeze, lora_start, memory, placement, quantization, quiet, speed
 from fastft.model.quantization import Quantized
-from fastft.model.tokenizer import load_tokenizer
+from fastft.model.tokenizer import load_tokenizer, pad_id
 
 __all__ = ["Base", "Loaded", "load", "load_tokenizer", "load_weights", "locate"]
 
@@ -57,6 +57,7 @@ class Loaded:
         quantized: how a 4-bit base is held, None for a plain one.
         products: torch dtype to which fp32 weights are rounded in products; None: they are multiplied as they are.
         memory: the memory switches that are in use.
+        speed: what is used to be faster.
     """
 
     model: Any
@@ -66,6 +67,7 @@ class Loaded:
     quantized: Quantized | None
     products: Any
     memory: memory.Switches
+    speed: speed.Speed
 
 
 def locate(model: schema.Model) -> Base:
@@ -130,39 +132,53 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
 
     quiet.hide_loading_bars()
     on = device.choose()
-    kind = config.method.kind
+    # What is true of dtypes with full is true with freeze.
+    kind = "full" if config.method.kind == "freeze" else config.method.kind
     stored_4bit = quantization.of_checkpoint(base.config_json)
     if stored_4bit is not None and kind == "full":
-        raise ConfigError("method: full cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint")
+        raise ConfigError(
+            f"method: {config.method.kind} cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint"
+        )
     if config.model.init == "random" and (kind == "qlora" or stored_4bit is not None):
         raise ConfigError("model.init: random makes new weights, which a 4-bit method would freeze; use method full")
     settings: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
-    if config.model.attention != "auto":
-        settings["attn_implementation"] = config.model.attention
     model_config = read_model_config(base, **settings)
+    if config.task == "reward":
+        model_config.num_labels, model_config.pad_token_id = 1, pad_id(tokenizer)
+    model_class = _model_class(config.task)
     device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
+    products = device.products_dtype(config.model.dtype, dtype, kind, on)
+    is_16bit = dtype.itemsize == 2 or products is not None
+    fast = speed.choose(config, speed.facts_of(model_config, on, products_16bit=is_16bit))
+    if fast.attention is not None:
+        settings["attn_implementation"] = fast.attention
     if config.model.init == "random":
-        model = _draw(model_config, dtype, settings, config.train.seed)
+        model = _draw(model_class, model_config, dtype, settings, config.train.seed)
     else:
         if kind == "qlora" and stored_4bit is None:
             assert config.method.quantization is not None
             settings["quantization_config"] = quantization.settings(config.method.quantization, on)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
-        places = placement.device_map(config.memory, model_config, str(on))
-        model = _read(base, model_config, dtype, settings, places)
+        # A model that is shared out afterwards need not fit on the device; a 4-bit one is packed there.
+        waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
+        places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on))
+        model = _read(model_class, base, model_config, dtype, settings=settings, places=places)
     _check_vocabulary(model, tokenizer, base)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
         quantization.disable_cpu_repacking(model)
         quantized = quantization.describe(model)
+    speed.install(model, fast)
     if config.method.lora is not None:
-        model = adapter.attach(model, config.method.lora, base.name)
-    products = device.products_dtype(config.model.dtype, dtype, kind, on)
+        model = adapter.attach(model, config.method.lora, base.name, config.task)
+        lora_start.start(model, config.method.lora, base.weights_folder)
+    if config.method.trained_layers is not None:
+        freeze.freeze(model, config.method.trained_layers)
     switches = memory.choose(config, memory.facts_of(model, on), on)
     memory.install(model, switches, on)
-    return Loaded(model, tokenizer, base.folder, base, quantized, products, switches)
+    return Loaded(model, tokenizer, base.folder, base, quantized, products, switches, fast)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -203,23 +219,36 @@ def checkpoint_dtype(base: Base) -> Any:
     return torch.float32
 
 
-def _draw(model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
-    from transformers import AutoModelForCausalLM, set_seed
+def _model_class(task: schema.Task) -> Any:
+    """What transformers makes of a base: a model with a head for words, or for one number (task reward)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
+
+
+def _draw(model_class: Any, model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
+    from transformers import set_seed
 
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
+    return model_class.from_config(model_config, dtype=dtype, **settings)
 
 
-def _read(base: Base, model_config: Any, dtype: Any, settings: Mapping[str, Any], places: Mapping[str, str]) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def _read(
+    model_class: Any,
+    base: Base,
+    model_config: Any,
+    dtype: Any,
+    *,
+    settings: Mapping[str, Any],
+    places: Mapping[str, str],
+) -> Any:
     place = {"device_map": dict(places)} if "quantization_config" in settings or places[""] != "cpu" else {}
     several = len(places) > 1
     if several:
         quantization.allow_parts_in_ram(settings.get("quantization_config"), model_config)
     try:
         with placement.without_offload_hooks() if several else nullcontext():
-            return AutoModelForCausalLM.from_pretrained(
+            return model_class.from_pretrained(
                 base.weights_folder, config=model_config, dtype=dtype, **place, **settings
             )
     except (OSError, ValueError, KeyError) as cause:

@@ -98,6 +98,8 @@ def choose(config: schema.Config, facts: Facts, on: "torch.device") -> Switches:
     memory = config.memory
     _refuse(memory, facts)
     rule = _by_rule(facts)
+    if config.method.lora is not None and config.method.lora.dora and facts.on_gpu:
+        rule["lora"] = ("plain", "dora's norms are peft's")
     chosen: dict[str, str] = {}
 
     def of(name: str) -> Any:

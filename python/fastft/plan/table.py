@@ -122,7 +122,11 @@ def _parts(plan: Plan) -> list[tuple[str, int, str]]:
         ("gradients", counted.gradients, ""),
         (f"optimizer ({config.train.optimizer})", counted.optimizer, ""),
         ("activations and all in passing", counted.working, ""),
-        ("peak of torch's allocator", counted.peak, f"in the {counted.part}".replace("in the the", "in the").replace("in the", "in")),
+        (
+            "peak of torch's allocator",
+            counted.peak,
+            f"in the {counted.part}".replace("in the the", "in the").replace("in the", "in"),
+        ),
         ("  without recomputed layers", plan.unchecked, ""),
         ("  with the logits of all tokens", plan.unchunked, ""),
     ]

@@ -1,7 +1,7 @@
 """The run folder: what lies in it, and whether a run may start there.
 
-adapter/ or model/ (the result), checkpoint-N/, config.yaml, metrics.jsonl, samples.jsonl, loss.png, log.txt,
-fastft_training.json.
+adapter/ or model/ (the result), checkpoint-N/, config.yaml, metrics.jsonl, samples.jsonl, loss.png, report.html,
+log.txt, fastft_training.json.
 """
 
 import os

@@ -61,8 +61,33 @@ def chunked_cross_entropy(
     return total, num_tokens
 
 
+def row_log_probs(hidden_BTD: torch.Tensor, labels_BT: torch.Tensor, head: Head, chunk_tokens: int) -> torch.Tensor:
+    """Sum of the log probabilities of each row's learned tokens, in nats: fp32 [B].
+
+    The arguments are those of `chunked_cross_entropy`.
+    """
+    targets_BT = labels_BT[:, 1:]
+    learned = targets_BT != _IGNORED
+    hidden_ND = hidden_BTD[:, :-1][learned]
+    targets_N = targets_BT[learned]
+    if targets_N.shape[0] == 0:
+        return hidden_BTD.float().sum(dim=(1, 2)) * 0.0
+
+    def of_chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+    parts = [slice(start, start + chunk_tokens) for start in range(0, targets_N.shape[0], chunk_tokens)]
+    losses_N = torch.cat([checkpoint(of_chunk, hidden_ND[p], targets_N[p], use_reentrant=False) for p in parts])
+    # A table with zeros, not index_add: its sums are the same at every run on a GPU too.
+    losses_BT = losses_N.new_zeros(targets_BT.shape)
+    losses_BT[learned] = losses_N
+    return -losses_BT.sum(dim=1)
+
+
 def install(causal_lm: Any) -> bool:
     """Let `causal_lm.forward(labels=...)` use the chunked loss; calls without labels are the model's own.
+
+    With `row_sums=True` its `loss` is `row_log_probs`, one number per row.
 
     What some families do to their logits (soft capping, scaling) is applied from their config. The result is compared
     with the model's own loss on a few tokens; a family that computes something else keeps its own loss, and that is
@@ -83,7 +108,9 @@ def install(causal_lm: Any) -> bool:
     vocabulary = _vocabulary(causal_lm)
 
     @functools.wraps(own_forward)
-    def forward(*args: Any, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        *args: Any, labels: Any = None, num_items_in_batch: Any = None, row_sums: bool = False, **kwargs: Any
+    ) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         if labels is None:
@@ -91,10 +118,23 @@ def install(causal_lm: Any) -> bool:
         kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
         hidden_BTD = decoder(*args, **{**kwargs, "use_cache": False})[0]
         linear = causal_lm.get_output_embeddings()
+        chunk_tokens = max(CHUNK_BYTES // (4 * vocabulary), 1)
+        if row_sums:
+            tiles = linear if isinstance(linear, tiled_head.TiledHead) else None
+            if tiles is None:
+                sums_B = row_log_probs(hidden_BTD, labels, head, chunk_tokens)
+            else:
+                sums_B = torch.stack(
+                    [
+                        -_by_tiles(hidden_BTD[row : row + 1], labels[row : row + 1], tiles, scaling)[0]
+                        for row in range(labels.shape[0])
+                    ]
+                )
+            return CausalLMOutputWithPast(loss=sums_B)
         if isinstance(linear, tiled_head.TiledHead):
             total, count = _by_tiles(hidden_BTD, labels, linear, scaling)
         else:
-            total, count = chunked_cross_entropy(hidden_BTD, labels, head, max(CHUNK_BYTES // (4 * vocabulary), 1))
+            total, count = chunked_cross_entropy(hidden_BTD, labels, head, chunk_tokens)
         return CausalLMOutputWithPast(loss=total / (count if num_items_in_batch is None else num_items_in_batch))
 
     if not _agrees(causal_lm, own_forward, forward, vocabulary):

@@ -1,12 +1,13 @@
 """What a run measures: one JSON object per line in metrics.jsonl, and the status line on the console.
 
-A line holds step, epoch and either loss, lr, grad_norm, tokens_per_s, or eval_loss. It is flushed at once, so that a
+A line holds step, epoch and either loss, lr, grad_norm, tokens_per_s, memory_gib, or eval_loss; of a preference task
+also accuracy and margin. It is flushed at once, so that a
 killed run shows how far it came; a resumed run drops the lines that its checkpoint does not know and goes on.
 """
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from fastft import console
 
 Advance = Callable[..., None]
 # Trainer's names of what is kept; everything else that it logs (flos, runtime) is not.
-_NAMES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "eval_loss"}
+_NAMES = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "grad_norm": "grad_norm",
+    "eval_loss": "eval_loss",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "eval_accuracy": "eval_accuracy",
+}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -45,6 +54,27 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def peak_memory_bytes() -> int:
+    """The most that this process has held on its device, by torch's allocator; without one, in RAM."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
+    if device is not None:
+        module = torch.get_device_module(device)
+        if hasattr(module, "max_memory_allocated"):
+            return int(module.max_memory_allocated())
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def status_text(loss: float, lr: float, tokens_per_s: float, memory_bytes: int) -> str:
+    """What stands behind the bar; with it, a line fits 80 columns up to 99,999 steps."""
+    return f"loss {loss:.3f}  lr {lr:.1e}  {tokens_per_s:,.0f} tok/s  {memory_bytes / 2**30:.1f} GiB"
+
+
 class Metrics(TrainerCallback):  # type: ignore[misc]  # transformers is untyped for mypy
     """Writes metrics.jsonl and moves the status line.
 
@@ -52,12 +82,20 @@ class Metrics(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         path: the file, appended to.
         advance: `console.progress`'s, or None in processes that say nothing.
         status: gives (loss of the last micro-batch, tokens seen in this session).
+        listeners: get each line too.
     """
 
-    def __init__(self, path: Path, advance: Advance | None, status: Callable[[], tuple[float, int]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        advance: Advance | None,
+        status: Callable[[], tuple[float, int]],
+        listeners: Sequence[Callable[[Mapping[str, Any]], None]] = (),
+    ) -> None:
         self.path = path
         self.advance = advance
         self.status = status
+        self.listeners = listeners
         self.mean_loss: float | None = None
         self.lr = 0.0
         self.tokens_at_line = 0
@@ -77,8 +115,11 @@ class Metrics(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
             return
         if "loss" in line:
             line["tokens_per_s"] = self._speed()
+            line["memory_gib"] = round(peak_memory_bytes() / 2**30, 3)
             self.mean_loss, self.lr = line["loss"], line["lr"]
         append(self.path, line)
+        for listener in self.listeners:
+            listener(line)
         if "eval_loss" in line:
             console.note(f"step {state.global_step}: eval loss {line['eval_loss']:.4f}")
 
@@ -89,7 +130,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         elapsed = max(time.monotonic() - self.time_at_line, 1e-9)
         speed = (self.status()[1] - self.tokens_at_line) / elapsed
         loss = self.status()[0] if self.mean_loss is None else self.mean_loss
-        self.advance(state.global_step, f"loss {loss:.3f}  lr {self.lr:.2e}  {speed:,.0f} tokens/s")
+        self.advance(state.global_step, status_text(loss, self.lr, speed, peak_memory_bytes()))
 
     def _speed(self) -> float:
         """Tokens per second since the last line, pauses for eval and samples included."""

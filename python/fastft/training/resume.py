@@ -16,11 +16,15 @@ from fastft.training.checkpoint import Checkpoint
 
 # A change here means other rows, other batches or other weights: the checkpoint's numbers mean nothing then.
 _FIXED = (
-    *("task", "model.", "method.", "data."),
+    *("task", "model.", "method.", "data.", "preference."),
+    *("train.lora_plus_ratio", "train.embedding_lr", "train.layer_lr_decay"),
     *("train.batch_size", "train.grad_accumulation", "train.seed", "train.optimizer"),
 )
 # Where files go and what is shown says nothing about the result.
-_FREE = ("name", "output.", "samples.", "train.log_steps", "train.eval_steps", "train.sample_steps")
+_FREE = (
+    *("name", "output.", "samples.", "data.cache", "data.check."),
+    *("train.log_steps", "train.eval_steps", "train.sample_steps"),
+)
 
 
 def choose(run_dir: Path, wanted: str) -> Checkpoint | None:

@@ -4,7 +4,6 @@ What can be refused is refused in that order, cheapest first, so that nobody wai
 a wrong path. `run` is the door for `fastft train`; `dry_run` does everything up to the weights.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastft import console
 from fastft.config import schema, show
 from fastft.errors import DataError, FileError, TrainingError
-from fastft.model import device, quiet, tokenizer
+from fastft.model import device, lora_start, quiet, tokenizer
 from fastft.model import load as model_load
 from fastft.training import folder, launch, resume
 from fastft.training.checkpoint import Checkpoint
@@ -55,12 +54,18 @@ class Prepared:
     data: Any
 
 
-def dry_run(config: schema.Config, *, work_dir: Path) -> None:
+def dry_run(config: schema.Config, *, work_dir: Path, processes: int = 1) -> None:
     """Check folder, config and data of a run and show a sample; no weights are read and no step is made.
+
+    Args:
+        config: the whole run.
+        work_dir: the run folder; not made.
+        processes: that would train together.
 
     Raises:
         FastftError: whatever would stop the run before its first step.
     """
+    _check_choices(config, processes)
     folder.prepare(work_dir, resume=True)
     if not any(work_dir.iterdir()):
         work_dir.rmdir()
@@ -68,8 +73,25 @@ def dry_run(config: schema.Config, *, work_dir: Path) -> None:
     prepared = _prepare(config)
     from fastft.training import trainer
 
-    steps = trainer.total_steps(config.train, len(prepared.data.train))
-    console.note(f"dry run: {steps} steps would be made in {work_dir}; nothing was trained")
+    if config.task in ("pretrain", "sft"):
+        console.note(_first_batch(config, prepared))
+    steps = trainer.total_steps(config.train, _num_rows(config, prepared.data), processes)
+    by = f" by {processes} processes" if processes > 1 else ""
+    console.note(f"dry run: {steps} steps would be made in {work_dir}{by}; nothing was trained")
+
+
+def _first_batch(config: schema.Config, prepared: Prepared) -> str:
+    """What the first process would see first: rows, their length, how many of the tokens are learned."""
+    from fastft.data.collate import Collator
+    from fastft.data.samples import NOT_LEARNED
+    from fastft.training.batches import EpochBatches
+
+    rows, train = prepared.data.train, config.train
+    order = EpochBatches(len(rows), train.batch_size, shuffle=config.data.shuffle, seed=train.seed)
+    batch = Collator(tokenizer.pad_id(prepared.tokenizer))([rows[index] for index in next(iter(order))])
+    count, length = batch["input_ids"].shape
+    learned = int((batch["labels"] != NOT_LEARNED).sum())
+    return f"first batch: {count} rows of {length} tokens, {learned} of {count * length} learned"
 
 
 def run(config: schema.Config, *, work_dir: Path, resume: str | None = None) -> RunResult:
@@ -88,7 +110,8 @@ def run(config: schema.Config, *, work_dir: Path, resume: str | None = None) -> 
         SystemExit: 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint written.
     """
     started = time.monotonic()
-    writes = int(os.environ.get("RANK", "0")) == 0
+    _check_choices(config, launch.num_processes())
+    writes = launch.rank() == 0
     if writes:
         folder.prepare(work_dir, resume=resume is not None)
     quieted = nullcontext() if writes else console.silenced()
@@ -105,11 +128,12 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
 
         publish.write_text(work_dir / "config.yaml", show.flat_yaml(config))
 
-    from fastft.training import checkpoint, metrics, record, report, trainer
+    from fastft.training import checkpoint, metrics, page, record, refresh, trainer
 
     processes = launch.num_processes()
-    steps = trainer.total_steps(config.train, len(prepared.data.train), processes)
-    counts = {"rows": len(prepared.data.train), "tokens": prepared.data.train.num_tokens, "processes": processes}
+    rows = _num_rows(config, prepared.data)
+    steps = trainer.total_steps(config.train, rows, processes)
+    counts = {"rows": rows, "tokens": prepared.data.train.num_tokens, "processes": processes}
     if found is not None:
         resume.check_same_run(found, config, counts)
         console.note(f"going on from {found.path} (step {found.step} of {steps})")
@@ -124,42 +148,68 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     set_seed(config.train.seed)  # adapters and new weights are drawn while loading
     with _fits_on_gpu(config, lambda: "reading the weights"):
         loaded = choice.told(model_load.load_weights(choice.config, prepared.base, prepared.tokenizer))
+    if found is not None:
+        lora_start.check(found.path, loaded.model)
     about = record.describe(config, loaded, counts, steps)
     console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
-    if config.memory != schema.Memory() or device.choose().type == "cuda":
+    if config.memory != schema.Memory() or device.choose().type != "cpu":
         console.note(f"memory: {loaded.memory.line()}")
-    _require_space(work_dir, loaded.model, config)
-    loss = _train(config, work_dir, loaded, prepared.data, about, planned=choice.config, found=found, writes=writes)
-
-    artifact = work_dir / ("model" if config.method.kind == "full" else "adapter")
+    console.note(f"speed: {'; '.join(loaded.speed.parts())}")
     if writes:
-        _write_result(artifact, work_dir, loaded, about)
+        _require_space(work_dir, loaded.model, config)
+    on_page = page.About(config, steps, prepared.data.report.lines(), about)
+    loss, weights = _train(
+        config, work_dir, loaded, prepared.data, on_page, planned=choice.config, found=found, writes=writes
+    )
+
+    artifact = work_dir / ("adapter" if config.method.has_adapter else "model")
+    if writes:
+        _write_result(artifact, work_dir, loaded, about, weights)
         lines = metrics.read(work_dir / "metrics.jsonl")
-        report.plot(work_dir / "loss.png", lines, f"{config.name}: {config.method.kind}, {steps} steps")
+        refresh.draw(work_dir, on_page, state="finished")
         loss = next((line["loss"] for line in reversed(lines) if "loss" in line), loss)
     seconds = time.monotonic() - started
     console.note(f"done: {steps} steps in {seconds:.0f} s, loss {loss:.4f}")
-    console.note(f"result: {artifact}\nplot:   {work_dir / 'loss.png'}")
+    console.note(f"result: {artifact}\nplot:   {work_dir / 'loss.png'}\nreport: {work_dir / page.FILE_NAME}")
     return RunResult(work_dir, artifact, loss, steps, seconds)
+
+
+def _check_choices(config: schema.Config, processes: int) -> None:
+    from fastft.training import loggers
+
+    loggers.check(config)
+    wanted = config.distributed
+    if wanted.deepspeed is not None:
+        from fastft.training import deepspeed
+
+        deepspeed.settings(config)
+    if wanted.fsdp:
+        from fastft.training import sharding
+
+        sharding.check(config, processes)
 
 
 def _prepare(config: schema.Config) -> Prepared:
     """Tokenizer and data; the weights are not touched."""
     quiet.prepare_libraries()
+    from fastft.data import check, formats, preview
     from fastft.data import prepare as data_prepare
-    from fastft.data import preview
 
     base = model_load.locate(config.model)
     words = tokenizer.load_tokenizer(base.weights_folder, config.model)
-    if config.task == "sft":
+    if config.task != "pretrain":
         tokenizer.require_chat_template(words, config.model)
-    data = data_prepare.prepare(config.data, config.task, words, config.train.seed)
+    data = data_prepare.prepare(config.data, config.task, words, config.train.seed, batch_size=config.train.batch_size)
     for line in data.report.lines():
         console.note(line)
+    check.require(data.report, config.data)
     if len(data.train) == 0:
         raise DataError("data.train: no sample is left to learn from; `fastft log-dataset` shows what was read")
     console.note("the first sample; what is learned is marked:")
     console.show(preview.opening(data.train[0], words, colour=console.stderr().is_terminal))
+    if config.task in formats.PAIR_TASKS:
+        console.note("and the answer that lost:")
+        console.show(preview.opening(data.train[1], words, colour=console.stderr().is_terminal))
     return Prepared(base, words, data)
 
 
@@ -175,46 +225,66 @@ def _train(
     work_dir: Path,
     loaded: model_load.Loaded,
     data: Any,
-    about: dict[str, Any],
+    on_page: Any,
     *,
     planned: schema.Config,
     found: Checkpoint | None,
     writes: bool,
-) -> float:
-    """Make the steps; returns the loss of the last one. `planned` is the config with the plan's memory switches."""
+) -> tuple[float, Any]:
+    """Make the steps; `planned` is the config with the plan's memory switches.
+
+    Returns:
+        the loss of the last one; and the state dict to write, in the first process of a sharded run, else None.
+    """
     import torch
 
     from fastft.chat import session
-    from fastft.data.collate import Collator
-    from fastft.training import record, trainer
+    from fastft.training import loggers, record, refresh, trainer
     from fastft.training.interrupt import Interrupt
     from fastft.training.metrics import Metrics
     from fastft.training.periodic import Periodic
     from fastft.training.samples import SampleAnswers
 
-    steps = int(about["steps"])
-    arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose())
+    about, steps, step = on_page.record, on_page.steps, found.step if found else 0
+    listeners = loggers.start(config, resume.flat(config), work_dir, step) if writes else []
+    pages = [refresh.Refresh(work_dir, on_page)] if writes else []
+    flatten = loaded.speed.attention == "flash_attention_2"
+    learning = _learning(config, data, tokenizer.pad_id(loaded.tokenizer), flatten=flatten)
+    arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose(), fast=loaded.speed)
+
+    def beside(place: Path) -> None:
+        record.write(place, about)
+        lora_start.write(place, loaded.model)
+
     interrupt = Interrupt()
     talk = session.Talk(loaded.model, loaded.tokenizer, continues=config.task == "pretrain")
-    with console.progress("training", steps, "steps") as advance:
+    with console.progress("training", steps, "steps", start=step) as advance:
         status = Status()
-        metrics = Metrics(work_dir / "metrics.jsonl", advance if writes else None, status.read)
+        metrics = Metrics(work_dir / "metrics.jsonl", advance if writes else None, status.read, listeners)
         answers = SampleAnswers(
-            work_dir / "samples.jsonl", talk, config.samples, config.train.sample_steps, speaks=writes
+            work_dir / "samples.jsonl",
+            talk,
+            config.samples,
+            config.train.sample_steps,
+            speaks=writes,
+            together=trainer.shares_weights(config),
         )
-        has_eval = data.eval is not None and len(data.eval) > 0
+        has_eval = learning.eval_rows is not None and len(learning.eval_rows) > 0
         with _fits_on_gpu(config, status.where):
-            work = trainer.FastftTrainer(
+            work = learning.trainer(
                 config=planned,
                 model=loaded.model,
                 args=arguments,
-                collate=Collator(tokenizer.pad_id(loaded.tokenizer)),
-                train_rows=data.train,
-                eval_rows=data.eval if has_eval else None,
+                collate=learning.collate,
+                train_rows=learning.train_rows,
+                eval_rows=learning.eval_rows if has_eval else None,
                 tokenizer=loaded.tokenizer,
-                callbacks=[metrics, answers, Periodic(config.train.eval_steps if has_eval else None), interrupt],
+                callbacks=[
+                    *(metrics, answers, Periodic(config.train.eval_steps if has_eval else None), interrupt),
+                    *pages,
+                ],
                 record={"config": resume.flat(config), "data": about["data"]},
-                extra_files=lambda place: record.write(place, about),
+                extra_files=beside,
             )
             status.trainer = work
             with interrupt.listening(), _disk_named(work_dir):
@@ -222,11 +292,51 @@ def _train(
             if has_eval and interrupt.received is None:
                 work.evaluate()
     if interrupt.received is not None:
+        if writes:
+            refresh.draw(work_dir, on_page, state="stopped")
         _say_how_to_go_on(work_dir, work.state.global_step)
         raise SystemExit(interrupt.exit_code)
     if not torch.isfinite(torch.tensor(float(output.training_loss))):
         raise TrainingError(f"the training ended with a loss of {output.training_loss}")
-    return float(output.training_loss)
+    if (
+        about["method"] in {"full", "freeze"} and config.distributed.deepspeed is None
+    ):  # whose weights are 16-bit already
+        _in_dtype_of_base(loaded)
+    return float(output.training_loss), work.gathered_weights()
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a task learns from, and by which trainer."""
+
+    trainer: Any
+    collate: Any
+    train_rows: Any
+    eval_rows: Any
+
+
+def _learning(config: schema.Config, data: Any, pad_id: int, *, flatten: bool) -> Learning:
+    """What is learned from; `flatten` lays a batch's rows into one, which flash attention needs to tell them apart."""
+    from fastft.data.collate import Collator
+    from fastft.data.preference_rows import RowCollator, Rows
+    from fastft.training import trainer
+
+    if config.task in ("pretrain", "sft"):
+        return Learning(trainer.FastftTrainer, Collator(pad_id, flatten=flatten), data.train, data.eval)
+    from fastft.training.preferences import PreferenceTrainer
+
+    train, evaluation = (
+        None if part is None else Rows(part, config.task, max_length=config.data.max_length, seed=config.train.seed)
+        for part in (data.train, data.eval)
+    )
+    return Learning(PreferenceTrainer, RowCollator(pad_id), train, evaluation)
+
+
+def _num_rows(config: schema.Config, data: Any) -> int:
+    """Rows to learn from; a pair of answers is one."""
+    from fastft.data import formats, preference_rows
+
+    return preference_rows.num_rows(data.train, pairs=config.task in formats.PAIR_TASKS)
 
 
 class Status:
@@ -253,6 +363,7 @@ def _fits_on_gpu(config: schema.Config, where: Callable[[], str]) -> Iterator[No
         yield
     except torch.OutOfMemoryError as cause:
         smaller = {
+            "freeze": "train fewer layers (method.trained_layers), or use method lora or qlora",
             "full": "set model.dtype: bf16 and train.optimizer: adamw_8bit, or use method lora or qlora",
             "lora": "use method qlora",
             "qlora": "choose a smaller model",
@@ -276,15 +387,16 @@ def _disk_named(work_dir: Path) -> Iterator[None]:
         ) from cause
 
 
-def _write_result(artifact: Path, work_dir: Path, loaded: model_load.Loaded, about: dict[str, Any]) -> None:
+def _write_result(
+    artifact: Path, work_dir: Path, loaded: model_load.Loaded, about: dict[str, Any], weights: Any
+) -> None:
     from fastft import publish
     from fastft.training import record, trainer
 
-    if about["method"] == "full":
-        _in_dtype_of_base(loaded)
     try:
         with publish.staged(artifact, force=True) as staging:
-            trainer.save_model(loaded.model, loaded.tokenizer, staging)
+            trainer.save_model(loaded.model, loaded.tokenizer, staging, weights)
+            lora_start.convert(staging, loaded.model)
             record.write(staging, about)
         record.write(work_dir, about)
     except OSError as cause:
@@ -299,14 +411,16 @@ def _write_result(artifact: Path, work_dir: Path, loaded: model_load.Loaded, abo
 def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
     """Round a model that was trained in fp32 to the dtype of the checkpoint it came from, as a merge does.
 
-    The training is over; its checkpoints hold the fp32 weights.
+    The training is over; its checkpoints hold the fp32 weights. All processes of a sharded run take part.
     """
     import torch
+
+    from fastft.training import sharding
 
     dtype = model_load.checkpoint_dtype(loaded.base)
     if loaded.model.dtype == dtype or not dtype.is_floating_point:
         return
-    largest = max(float(p.detach().abs().max()) for p in loaded.model.parameters() if p.numel())
+    largest = max(float(sharding.whole(p.detach().abs().max())) for p in loaded.model.parameters() if p.numel())
     if largest > torch.finfo(dtype).max:
         console.warn(
             f"result: a weight is {largest:g}, too large for the base's {device.short_name(dtype)}; kept as fp32"

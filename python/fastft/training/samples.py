@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from fastft import console
 from fastft.chat import session
 from fastft.config import schema
+from fastft.model import device
 from fastft.training import metrics
 
 
@@ -24,17 +24,26 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]  # transformers is u
         talk: the model under training, ready to answer.
         samples: prompts, system message, longest answer.
         every: steps between two rounds, None for start and end only.
-        speaks: False in processes that write nothing; they skip the rounds.
+        speaks: False in processes that write nothing.
+        together: the processes share the weights, so that all must answer; else silent ones skip the rounds.
     """
 
     def __init__(
-        self, path: Path, talk: session.Talk, samples: schema.Samples, every: int | None, *, speaks: bool
+        self,
+        path: Path,
+        talk: session.Talk,
+        samples: schema.Samples,
+        every: int | None,
+        *,
+        speaks: bool,
+        together: bool = False,
     ) -> None:
         self.path = path
         self.talk = talk
         self.samples = samples
         self.every = every
-        self.speaks = speaks and bool(samples.prompts)
+        self.speaks = speaks
+        self.answers = (speaks or together) and bool(samples.prompts)
         self.last_step = -1
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
@@ -55,9 +64,11 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]  # transformers is u
 
     def _round(self, step: int, when: str) -> None:
         self.last_step = step
-        if not self.speaks:
+        if not self.answers:
             return
         answers = answer_all(self.talk, self.samples)
+        if not self.speaks:
+            return
         console.note(f"\nanswers {when}:")
         for prompt, answer in zip(self.samples.prompts, answers, strict=True):
             console.note(f"  > {prompt}\n    {answer.strip()}")
@@ -70,9 +81,8 @@ def answer_all(talk: session.Talk, samples: schema.Samples) -> Sequence[str]:
     training = talk.model.training
     talk.model.eval()
     sampling = session.Sampling(max_new_tokens=samples.max_new_tokens, temperature=0.0)
-    devices = [talk.model.device] if talk.model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with device.same_random(talk.model.device):
             return [
                 session.answer(talk, session.question(prompt, samples.system), sampling) for prompt in samples.prompts
             ]

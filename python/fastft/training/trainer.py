@@ -5,9 +5,11 @@ finite, checkpoints that are whole or absent, no pickle of arguments. The loop, 
 schedule and the multi-process side are the Trainer's.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from transformers import Trainer, TrainingArguments
 from fastft import console
 from fastft.config import schema
 from fastft.errors import TrainingError
-from fastft.model import adapter, memory
-from fastft.training import checkpoint, loss
+from fastft.model import adapter, memory, speed
+from fastft.training import checkpoint, deepspeed, groups, loss, sharding
 from fastft.training.batches import EpochBatches, EpochLoader
 from fastft.training.host_checkpoints import HostCheckpoints
 
@@ -32,7 +34,15 @@ def total_steps(train: schema.Train, num_rows: int, processes: int = 1) -> int:
     return train.max_steps or math.ceil(train.epochs * per_epoch)
 
 
-def arguments(config: schema.Config, run_dir: Path, steps: int, products: torch.dtype | None, on: torch.device) -> Any:
+def arguments(
+    config: schema.Config,
+    run_dir: Path,
+    steps: int,
+    products: torch.dtype | None,
+    on: torch.device,
+    *,
+    fast: speed.Speed | None = None,
+) -> Any:
     """TrainingArguments for a config; the names of today's transformers meet ours only here.
 
     Args:
@@ -41,6 +51,7 @@ def arguments(config: schema.Config, run_dir: Path, steps: int, products: torch.
         steps: optimizer steps of the whole run.
         products: from `load.Loaded`.
         on: where the training runs.
+        fast: what is used to be faster; None: torch's defaults.
     """
     train = config.train
     if on.type == "cpu" and train.optimizer == "paged_adamw_8bit":
@@ -55,11 +66,13 @@ def arguments(config: schema.Config, run_dir: Path, steps: int, products: torch.
         learning_rate=train.lr,
         lr_scheduler_type=_SCHEDULES[train.schedule],
         warmup_steps=min(math.ceil(train.warmup_ratio * steps), steps),
-        optim=_OPTIMIZERS[optimizer],
+        optim="adamw_torch" if optimizer == "adamw" and fast and not fast.fused_optimizer else _OPTIMIZERS[optimizer],
+        tf32=None if fast is None else fast.tf32,
         weight_decay=train.weight_decay,
         adam_beta1=train.betas[0],
         adam_beta2=train.betas[1],
         max_grad_norm=train.max_grad_norm,
+        neftune_noise_alpha=train.neftune_alpha,
         logging_strategy="steps",
         logging_steps=train.log_steps,
         logging_first_step=True,
@@ -75,15 +88,27 @@ def arguments(config: schema.Config, run_dir: Path, steps: int, products: torch.
         bf16=products == torch.bfloat16,
         fp16=products == torch.float16,
         dataloader_num_workers=0,
-        dataloader_pin_memory=on.type == "cuda",
+        dataloader_pin_memory=on.type in {"cuda", "xpu"},
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
+        deepspeed=deepspeed.settings(config) if config.distributed.deepspeed is not None else None,
     )
-    if on.type == "cuda" and made.n_gpu > 1:
+    if made.n_gpu > 1:
         console.note(f"{made.n_gpu} GPUs are here and one is used; NPROC_PER_NODE={made.n_gpu} uses all")
         made._n_gpu = 1  # noqa: SLF001 - the only way to keep Trainer from nn.DataParallel
     return made
+
+
+def state_name(rank: int, processes: int) -> str:
+    """The file of a process's own state in a checkpoint."""
+    return "rng_state.pth" if processes == 1 else f"rng_state_{rank}.pth"
+
+
+def shares_weights(config: schema.Config) -> bool:
+    """Whether each process holds only a part of each weight, so that all must take part in using them."""
+    wanted = config.distributed
+    return wanted.fsdp or (wanted.deepspeed is not None and deepspeed.stage(wanted.deepspeed) == 3)
 
 
 class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped for mypy
@@ -129,7 +154,12 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         # Packed documents are told apart only without a cache (spec training.md 2).
         causal_lm.config.use_cache = False
         _set_checkpointing(causal_lm, memory.checkpoints(config, args.device))
-        loss.install(causal_lm)
+        self.install_loss(causal_lm)
+        if config.accelerate.compile is True:
+            speed.compile_layers(model)
+        if config.distributed.fsdp:
+            sharding.shard(model, args.device)
+        self.seen_in_force = False
         # Trainer gets no tokenizer: it would write the tokenizer's special tokens into the model's config.
         self.tokenizer = tokenizer
         super().__init__(model=model, args=args, data_collator=collate, callbacks=list(callbacks))
@@ -137,6 +167,24 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         # Ours divides the sum of the losses by the learned tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.config.distributed.fsdp:
+            # The model is sharded already: autocast is wanted, DDP around it is not.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def install_loss(self, causal_lm: Any) -> None:
+        """Replace the model's loss by the chunked one, where that gives the same."""
+        self.has_chunked_loss = loss.install(causal_lm)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            groups.split(self.optimizer, self.model, self.config.train)
+            if self.args.optim in {_OPTIMIZERS["adamw_8bit"], _OPTIMIZERS["paged_adamw_8bit"]}:
+                _forget_frozen_embeddings()
+        return self.optimizer
 
     def get_train_dataloader(self) -> Any:
         args = self.args
@@ -150,17 +198,14 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         )
         return EpochLoader(self.rows, batches, self.data_collator, pin=args.dataloader_pin_memory)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        made = super().create_optimizer(*args, **kwargs)
-        if self.args.optim in {_OPTIMIZERS["adamw_8bit"], _OPTIMIZERS["paged_adamw_8bit"]}:
-            _forget_frozen_embeddings()
-        return made
-
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - the Trainer's name
         """Not counted: walking over all modules at each step costs more than a small model's forward."""
         return 0
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if not self.seen_in_force:
+            sharding.require_in_force(self.config, model, self.accelerator.distributed_type.value)
+            self.seen_in_force = True
         step_loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(step_loss):
             raise TrainingError(self._not_finite("loss", step_loss.item()))
@@ -169,7 +214,12 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         return step_loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
+        if self.config.distributed.fsdp:
+            norm: Any = sharding.clip(model, self.args.max_grad_norm)
+        else:
+            norm = super()._clip_grad_norm(model)
+        if norm is None:  # DeepSpeed clips in the optimizer's step
+            return norm
         # Under loss scaling (fp16) a norm that is not finite is normal: the scaler skips that step.
         if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
             raise TrainingError(self._not_finite("gradient norm", float(norm)))
@@ -192,11 +242,13 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)
         size, world = self.args.eval_batch_size, self.args.world_size
-        for start in range(self.args.process_index * size, len(self.eval_rows), size * world):
-            batch = self.data_collator(
-                [self.eval_rows[i] for i in range(start, min(start + size, len(self.eval_rows)))]
-            )
-            inputs = self._prepare_inputs(batch)
+        for first in range(0, len(self.eval_rows), size * world):
+            # Shared weights are gathered together: a process whose rows have run out repeats the first, uncounted.
+            start = first + self.args.process_index * size
+            rows = range(start, min(start + size, len(self.eval_rows)))
+            inputs = self._prepare_inputs(self.data_collator([self.eval_rows[i] for i in rows or (0,)]))
+            if not rows:
+                inputs["labels"] = torch.full_like(inputs["labels"], loss._IGNORED)  # noqa: SLF001
             count = int((inputs["labels"][:, 1:] != loss._IGNORED).sum())  # noqa: SLF001
             outputs = self.model(**inputs, num_items_in_batch=1)
             total += torch.tensor([float(outputs.loss), count], dtype=torch.float64)
@@ -214,43 +266,118 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the Trainer's names
         """Write a whole checkpoint or none; only the main process writes, the others send what is theirs."""
-        states = self._random_states()
+        states = self._states()
+        run_dir, step = Path(self.args.output_dir), self.state.global_step
+        if self.config.distributed.deepspeed is not None:
+            self._save_deepspeed(run_dir, step, states)
+        else:
+            weights = self.gathered_weights()
+            optimizer = sharding.gathered_optimizer(self.optimizer) if self.config.distributed.fsdp else None
+
+            def fill(folder: Path) -> None:
+                if optimizer is None:
+                    self._save_optimizer_and_scheduler(str(folder))
+                else:
+                    torch.save(optimizer, folder / "optimizer.pt")
+                    torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+                self._fill(folder, states, weights)
+
+            if self.args.should_save:
+                checkpoint.save(run_dir, step, fill, self.record)
         if self.args.should_save:
-            run_dir = Path(self.args.output_dir)
-            checkpoint.save(run_dir, self.state.global_step, lambda folder: self._fill(folder, states), self.record)
             checkpoint.keep_newest(run_dir, self.config.output.keep)
         if self.args.world_size > 1:
             torch.distributed.barrier()
 
-    def _fill(self, folder: Path, states: Sequence[Any]) -> None:
-        self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
+    def _save_deepspeed(self, run_dir: Path, step: int, states: Sequence[Any]) -> None:
+        """The same, where every process writes its part of the optimizer into the folder that the first one made."""
+
+        def write_part(folder: str) -> Any:
+            self._save_optimizer_and_scheduler(folder)
+            weights = self.gathered_weights()
+            if self.args.world_size > 1:
+                torch.distributed.barrier()
+            return weights
+
+        def fill(folder: Path) -> None:
+            if self.args.world_size > 1:
+                torch.distributed.broadcast_object_list([str(folder)])
+            self._fill(folder, states, write_part(str(folder)))
+
+        if self.args.should_save:
+            checkpoint.save(run_dir, step, fill, self.record)
+        else:
+            place: list[Any] = [None]
+            torch.distributed.broadcast_object_list(place)
+            write_part(place[0])
+
+    def gathered_weights(self) -> dict[str, torch.Tensor] | None:
+        """The state dict to write, in the first process, if the processes share the weights; else None."""
+        if self.config.distributed.fsdp:
+            return sharding.gathered_weights(self.model)
+        if shares_weights(self.config):
+            weights: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+            return weights if self.args.should_save else None
+        return None
+
+    def _fill(self, folder: Path, states: Sequence[Any], weights: Mapping[str, torch.Tensor] | None) -> None:
+        save_model(self.model, self.tokenizer, folder, weights)
         self._save_scaler(str(folder))
         for rank, state in enumerate(states):
-            name = "rng_state.pth" if len(states) == 1 else f"rng_state_{rank}.pth"
-            torch.save(state, folder / name)
+            torch.save(state, folder / state_name(rank, len(states)))
         self.state.save_to_json(str(folder / "trainer_state.json"))
         self.extra_files(folder)
 
-    def _random_states(self) -> list[Any]:
-        """The random number states of all processes, in the form that Trainer reads back."""
+    def _states(self) -> list[dict[str, Any]]:
+        """What each process alone knows and a resumed run needs; all take part.
+
+        Random numbers of Python, numpy, the CPU and this process's device; the sum of the losses since the last line
+        of metrics.jsonl.
+        """
         import random
 
         import numpy as np
 
+        numpy_state: Any = np.random.get_state()  # noqa: NPY002 - the global state is what libraries draw from
+        name, keys, *rest = numpy_state
         own: dict[str, Any] = {
             "python": random.getstate(),
-            "numpy": np.random.get_state(),  # noqa: NPY002 - the global state is what libraries draw from
+            "numpy": (name, keys.tolist(), *rest),
             "cpu": torch.random.get_rng_state(),
+            "loss_sum": self._tr_loss.item(),
+            "logged": self._globalstep_last_logged,
         }
-        if torch.cuda.is_available():
-            many = self.args.world_size > 1
-            own["cuda"] = torch.cuda.random.get_rng_state_all() if many else torch.cuda.random.get_rng_state()
+        if self.args.device.type != "cpu":
+            own["device"] = torch.get_device_module(self.args.device).get_rng_state(self.args.device)
         if self.args.world_size == 1:
             return [own]
         gathered: list[Any] = [None] * self.args.world_size
         torch.distributed.all_gather_object(gathered, own)
         return gathered
+
+    def _own_state(self, folder: Path) -> dict[str, Any]:
+        """This process's part of `_states` in a checkpoint."""
+        path = folder / state_name(self.args.process_index, self.args.world_size)
+        if not path.is_file():
+            raise TrainingError(f"--resume {folder}: {path.name} is missing; was it made by so many processes?")
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        return state
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        import random
+
+        import numpy as np
+
+        if checkpoint is None:  # called before the first step of a session
+            return
+        state = self._own_state(Path(checkpoint))
+        self._tr_loss = torch.tensor(state["loss_sum"], device=self.args.device)
+        self._globalstep_last_logged: int = state["logged"]
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
+        torch.random.set_rng_state(state["cpu"])
+        if "device" in state:
+            torch.get_device_module(self.args.device).set_rng_state(state["device"], self.args.device)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights stand in a file once; anything else that is missing would be lost in silence."""
@@ -259,10 +386,22 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         if lost:
             raise TrainingError(f"--resume: the checkpoint's weights do not fit the model: {', '.join(lost[:5])}")
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
-        """Weights, config and tokenizer; no pickle of the arguments."""
-        assert output_dir is not None
-        save_model(self.model, self.tokenizer, Path(output_dir))
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.config.distributed.fsdp:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        lacks, unknown = sharding.load_weights(
+            self.model, Path(resume_from_checkpoint), lambda weights: names_in_files(self.model, weights)
+        )
+        self._issue_warnings_after_load(SimpleNamespace(missing_keys=lacks, unexpected_keys=unknown))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.config.distributed.fsdp:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        sharding.load_optimizer(self.optimizer, torch.load(folder / "optimizer.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
 
 def _forget_frozen_embeddings() -> None:
@@ -279,16 +418,34 @@ def _forget_frozen_embeddings() -> None:
     ]
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write an adapter or a whole model with its tokenizer and chat template into an existing folder."""
+def names_in_files(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict under the names that `save_model` gives them."""
+    if not hasattr(model, "get_base_model"):
+        return weights
+    from peft import get_peft_model_state_dict
+
+    named: dict[str, torch.Tensor] = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    return named
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write an adapter or a whole model with its tokenizer and chat template into an existing folder.
+
+    Args:
+        model: what is written.
+        tokenizer: goes with it.
+        folder: exists and is empty.
+        weights: the state dict, if the model holds only a part of each weight; else None.
+    """
+    given = {} if weights is None else {"state_dict": dict(weights)}
     config = model.get_base_model().config if hasattr(model, "get_base_model") else model.config
     use_cache, config.use_cache = config.use_cache, True  # off in training only
     try:
         if hasattr(model, "get_base_model"):
             # peft would otherwise ask the hub for the base's config, to see whether embeddings were resized.
-            model.save_pretrained(folder, save_embedding_layers=False)
+            model.save_pretrained(folder, save_embedding_layers=False, **given)
         else:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, **given)
     finally:
         config.use_cache = use_cache
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card

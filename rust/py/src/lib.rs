@@ -5,6 +5,7 @@
 
 mod borrow;
 mod build_info;
+mod byte_level;
 mod device;
 mod gate;
 mod header;
@@ -23,6 +24,8 @@ use pyo3::prelude::*;
 mod _native {
     #[pymodule_export]
     use crate::build_info::build_info;
+    #[pymodule_export]
+    use crate::byte_level::{ByteLevel, ByteLevelScan};
     #[pymodule_export]
     use crate::header::{TensorInfo, read_header};
     #[pymodule_export]
