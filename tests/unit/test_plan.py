@@ -175,9 +175,11 @@ def real_peak(config: Config, tmp_path: Path) -> int:
 def storages() -> dict[int, int]:
     """Where the tensors of this process lie, and their bytes."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor, is_fake
 
     gc.collect()
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    found = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor) and not is_fake(tensor)]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
 
 
