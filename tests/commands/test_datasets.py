@@ -101,7 +101,7 @@ def test_log_dataset_shows_what_is_learned(capsys: pytest.CaptureFixture[str]) -
     assert "there are 4 samples, 0 to 3" in err
 
 
-def test_a_preference_task_is_read_and_shown_but_not_trained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preference_task_is_read_shown_and_known_to_train(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder, {"prompt": "Who?", "chosen": "Robin.", "rejected": "No."})
     code, out, _ = run(capsys, "check-dataset", "my.yaml", "task=dpo")
     assert code == 0
@@ -112,6 +112,4 @@ def test_a_preference_task_is_read_and_shown_but_not_trained(folder: Path, capsy
     assert chosen.startswith("pair 0, chosen:")
     assert "[[Robin." in chosen
     assert "[[No." in rejected
-    code, _, err = run(capsys, "train", "my.yaml", "task=dpo", "--dry-run")
-    assert code == 1
-    assert "task dpo: `train` does not know it yet" in err
+    assert run(capsys, "train", "my.yaml", "task=dpo", "--dry-run")[0] == 0

@@ -203,11 +203,12 @@ def test_the_file_has_every_field_with_its_comment():
         "data.train",
         "data.train.0.columns",
         "data.check",
-        "train",
         "preference",
+        "train",
         "memory",
         "samples",
         "output",
+        "accelerate",
         "distributed",
     }
     assert max(map(len, text.splitlines())) < 200

@@ -1,6 +1,7 @@
 """A run from config to files: each task with each method learns, and leaves what the README says."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -173,9 +174,18 @@ def test_log_txt_holds_what_was_said(
     assert "weights are trained" in said.err
 
 
-def test_dry_run_trains_and_leaves_nothing(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
-    run.dry_run(tiny_run.config(model, data["sft"]), work_dir=tmp_path / "run")
+def test_dry_run_trains_nothing_and_leaves_nothing(
+    model: Path, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run.config(model, data["sft"], train__max_steps=None, train__epochs=2, train__batch_size=2)
+    run.dry_run(config, work_dir=tmp_path / "run", processes=3)
     assert not (tmp_path / "run").exists()
+    said = capsys.readouterr().err
+    assert "first sample" in said
+    assert re.search(r"first batch: 2 rows of \d+ tokens, \d+ of \d+ learned", said)
+    # 12 rows are 6 batches, two for each process; twice.
+    assert "dry run: 4 steps would be made" in said
+    assert "by 3 processes" in said
 
 
 def test_a_nan_stops_the_run_and_keeps_the_checkpoints(

@@ -137,8 +137,7 @@ def answer(talk: Talk, messages: Sequence[Message] | str, sampling: Sampling, on
         messages = question(messages)
     ids_1T = torch.tensor([talk.prompt_ids(messages)], device=talk.model.device)
     streamer = _Stream(talk.tokenizer, on_text)
-    devices = [talk.model.device] if talk.model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with device.same_random(talk.model.device), torch.no_grad():
         torch.manual_seed(sampling.seed)
         talk.model.generate(
             input_ids=ids_1T,
@@ -249,7 +248,7 @@ def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     held = model_load.checkpoint_dtype(base) if dtype == "auto" else device.by_name(dtype)
     if dtype == "auto" and held == torch.float16 and on.type == "cpu":
         held = torch.float32
-    place: dict[str, Any] = {"device_map": {"": str(on)}} if on.type == "cuda" or bits or stored_4bit else {}
+    place: dict[str, Any] = {"device_map": {"": str(on)}} if on.type != "cpu" or bits or stored_4bit else {}
     if bits and stored_4bit is None:
         place["quantization_config"] = quantization.settings(schema.Quantization(), on)
     model_config = model_load.read_model_config(base)

@@ -65,17 +65,22 @@ def _training() -> list[tuple[str, str]]:
         import torch
     except ImportError as problem:
         return [("device", f"none: torch cannot be imported ({problem})")]
+    from fastft.model import device, speed
+
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    chosen = [("", part) for part in speed.of_machine().parts()]
+    chosen[0] = ("faster by", chosen[0][1])
     if accelerator is None:
         return [
             ("device", f"cpu, {torch.get_num_threads()} threads (torch finds no accelerator)"),
             ("dtype", "fp32 for trained weights; the checkpoint's own for frozen ones"),
+            *chosen,
         ]
     count = torch.accelerator.device_count()
-    rows = [("device", f"{accelerator.type}, {count} found")]
+    rows = [("device", f"{accelerator.type}, {count} found" + (" (ROCm)" if torch.version.hip else ""))]
     if accelerator.type == "cuda":
         for index in range(count):
             card = torch.cuda.get_device_properties(index)
             rows.append((f"card {index}", f"{card.name}, {card.total_memory / 2**30:.1f} GiB"))
-        rows.append(("dtype", "bf16" if torch.cuda.is_bf16_supported() else "fp16 (this card has no bf16)"))
-    return rows
+    rows.append(("dtype", "bf16" if device.has_bf16(device.choose()) else "fp16 (this device has no bf16)"))
+    return [*rows, *chosen]

@@ -54,8 +54,8 @@ class Model(Section):
             "with products in bf16 on a GPU"
         ),
     )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="attention code; auto: what transformers chooses"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="attention code; auto: flash attention where it is installed and the card has it, else sdpa"
     )
     chat_template: str | None = Field(
         None,
@@ -341,6 +341,25 @@ class Memory(Section):
     )
 
 
+class Accelerate(Section):
+    """What makes a run faster; auto is chosen by the machine and said, with the reason, at the start of the run."""
+
+    liger: bool | Literal["auto"] = Field(
+        "auto",
+        description="liger's kernels for norm, rotary embedding and MLP; auto: on where they are installed and fit",
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile of each layer; auto: off, since it takes minutes at the start"
+    )
+    tf32: bool | Literal["auto"] = Field(
+        "auto",
+        description="fp32 products of a CUDA card in TF32; auto: on from capability 8.0, unless model.dtype is fp32",
+    )
+    fused_optimizer: bool | Literal["auto"] = Field(
+        "auto", description="AdamW as one kernel for all weights; auto: on where torch has it"
+    )
+
+
 class Samples(Section):
     """Prompts answered before, during and after the training, to see what it learns."""
 
@@ -405,6 +424,7 @@ class Config(Section):
         default_factory=Preference, description="how tasks dpo, orpo and kto weigh two answers"
     )
     memory: Memory = Field(default_factory=Memory, description="what lies where on the way through a step")
+    accelerate: Accelerate = Field(default_factory=Accelerate, description="what makes a run faster")
     samples: Samples = Field(default_factory=Samples, description="prompts answered along the way")
     output: Output = Field(default_factory=Output, description="what is written, and where")
     distributed: Distributed = Field(default_factory=Distributed, description="how several processes share the work")

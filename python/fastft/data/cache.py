@@ -60,6 +60,10 @@ class Entry:
             if found is not None:
                 found[1].from_cache = not made
                 return found
+            if made:
+                raise FileError(
+                    f"cache {self.folder}: what was written cannot be read back; set data.cache to another disk"
+                )
             try:
                 self._write(make)
                 made = True
@@ -235,10 +239,10 @@ def _code() -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        raw = stream.read(MANIFEST_MAX_BYTES + 1)
-    if len(raw) > MANIFEST_MAX_BYTES:
+    # Asked first: a `read` of so many bytes would take that much memory at once.
+    if path.stat().st_size > MANIFEST_MAX_BYTES:
         raise ValueError(f"{path.name} is too large")
+    raw = path.read_bytes()
     found = json.loads(raw)
     if not isinstance(found, dict):
         raise TypeError(f"{path.name} holds a {type(found).__name__}")

@@ -31,6 +31,7 @@ from fastft.data.samples import (
     REJECTED,
     Collection,
     Documents,
+    Mask,
     Numbers,
     Pairs,
     Samples,
@@ -43,6 +44,8 @@ from fastft.errors import DataError
 ROWS_TO_RECOGNISE = 20
 # Rows tokenised in one call: enough to keep all cores busy, few enough for the memory to stay flat.
 BATCH_ROWS = 512
+# Fewer rows where these are long.
+BATCH_CHARACTERS = 2_000_000
 # Rows of a batch from which on the tokenizer's fast road is worth being made.
 FEWEST_FAST_ROWS = 256
 # Files of a source whose first rows are tried before anything else is read.
@@ -451,7 +454,7 @@ def _documents(source: Source, place: Located, encoder: Encoder) -> tuple[Docume
         if encoder.template is not None:
             encoder.template.notes.clear()
         stream = items(source, place, encoder.task, report, skip=encoder.skip)
-        while batch := list(islice(stream, BATCH_ROWS)):
+        for batch in _batches(stream):
             encoder.add(batch, collected, report)
         report.notes = [] if encoder.template is None else list(encoder.template.notes)
         return report
@@ -466,6 +469,29 @@ def _documents(source: Source, place: Located, encoder: Encoder) -> tuple[Docume
         reason = cast("str", report.first_skipped)
         _refuse(reason, report.examples[reason], report, skip=False)
     return documents, report
+
+
+def _batches(stream: Iterator[Item]) -> Iterator[list[Item]]:
+    """Items in the portions in which they are tokenised."""
+    batch: list[Item] = []
+    characters = 0
+    for item in stream:
+        batch.append(item)
+        characters += _num_characters(item)
+        if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _num_characters(item: Item) -> int:
+    if isinstance(item, Text):
+        return len(item.text)
+    if isinstance(item, Pair):
+        return _num_characters(item.chosen) + _num_characters(item.rejected)
+    dialogue = item.dialogue if isinstance(item, Judged) else item
+    return sum(len(message.content) for message in dialogue.messages)
 
 
 def _refuse_empty(documents: Collection, part: PartReport, name: str) -> None:
@@ -526,15 +552,15 @@ def _count(
     part.padded_tokens = int(batches.max(axis=1, initial=0).sum() * batch_size)
 
 
-def _learn_to_stop(collection: Collection, stops: Sequence[int]) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+def _learn_to_stop(collection: Collection, stops: Sequence[int]) -> Mask:
     """Whether each document teaches a token that ends an answer; bool [documents]."""
     found = [np.zeros(0, dtype=np.bool_)]
-    for documents in collection.parts:
-        hits = np.zeros(len(documents.ids), dtype=np.bool_)
-        for stop in stops:
-            hits |= documents.ids == stop
-        hits &= documents.learned
-        found.append(documents.count(hits) > 0)
+    for part in collection.parts:
+
+        def teaches(tokens: slice, part: Documents = part) -> Mask:
+            return np.asarray(np.isin(part.ids[tokens], stops) & part.learned[tokens])
+
+        found.append(part.count(teaches) > 0)
     return np.concatenate(found)
 
 

@@ -5,7 +5,7 @@ Made by `prepare`; read by the trainer (through `collate`) and by `preview`. The
 documents a row holds is a list of numbers: mixing, packing and shuffling move no tokens.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, overload
 
@@ -19,6 +19,9 @@ NOT_LEARNED = -100
 
 # What a document is to a preference task; the documents of a pair stand side by side, the chosen one first.
 PLAIN, CHOSEN, REJECTED, GOOD, BAD = range(5)
+
+# Tokens that are looked through together.
+TOKENS_AT_ONCE = 1 << 20
 
 Numbers = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
@@ -104,16 +107,27 @@ class Documents:
         part = slice(int(self.starts[index]), int(self.starts[index + 1]))
         return self.ids[part], self.learned[part]
 
-    def count(self, counted: Mask) -> Numbers:
-        """How many of each document's tokens are true in `counted` (bool [tokens]); int64 [documents]."""
-        # reduceat gives the element itself for an empty stretch; there are none, `prepare` keeps no empty document.
-        if not len(self):
-            return np.zeros(0, dtype=np.int64)
-        return np.asarray(np.add.reduceat(counted, self.starts[:-1], dtype=np.int64))
+    def count(self, counted: Callable[[slice], Mask]) -> Numbers:
+        """How many of each document's tokens are true in `counted`; int64 [documents].
+
+        Args:
+            counted: bool for each token of a stretch. It is asked for one stretch after the other: the tokens of a
+                source may be more than the memory holds.
+        """
+        found = np.zeros(len(self), dtype=np.int64)
+        first = 0
+        while first < len(self):
+            limit = int(self.starts[first]) + TOKENS_AT_ONCE
+            end = max(int(np.searchsorted(self.starts, limit, side="right")) - 1, first + 1)
+            tokens = slice(int(self.starts[first]), int(self.starts[end]))
+            # reduceat gives the element itself for an empty stretch; there is none, `prepare` keeps no empty document.
+            found[first:end] = np.add.reduceat(counted(tokens), self.starts[first:end] - tokens.start, dtype=np.int64)
+            first = end
+        return found
 
     def learned_counts(self) -> Numbers:
         """Tokens per document whose label counts: learned, and not the first; int64 [documents]."""
-        return self.count(self.learned) - self.learned[self.starts[:-1]]
+        return self.count(lambda tokens: self.learned[tokens]) - self.learned[self.starts[:-1]]
 
     def take(self, chosen: Sequence[int]) -> "Documents":
         """Only these documents, in this order."""

@@ -10,6 +10,8 @@ from fastft import console
 from fastft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
 # Widest model (hidden_size) that is computed on one core.
@@ -19,12 +21,25 @@ _NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def choose() -> "torch.device":
-    """The device of this process: its own GPU under torchrun, the first GPU alone, else the CPU."""
+    """The device of this process: its own accelerator under torchrun, the first one alone, else the CPU.
+
+    CUDA and ROCm cards are `cuda`, Ascend's `npu`, Intel's `xpu`, Apple's `mps`: whatever torch reports.
+    """
     import torch
 
-    if not torch.cuda.is_available():
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def same_random(device: "torch.device") -> "AbstractContextManager[None]":
+    """Leave the random numbers of the CPU and of `device` as they were before."""
+    import torch
+
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
 
 
 def share_cores(model_config: Any, device: "torch.device") -> None:
@@ -57,7 +72,12 @@ def has_bf16(device: "torch.device") -> bool:
     """Whether products in bf16 are at home on `device`; a CPU computes them, if slowly."""
     import torch
 
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "mps":
+        return bool(torch.backends.mps.is_macos_or_newer(14, 0))
+    says = None if device.type == "cpu" else getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return True if says is None else bool(says())
 
 
 def weights_dtype(wanted: str, checkpoint: "torch.dtype", kind: str, device: "torch.device") -> "torch.dtype":

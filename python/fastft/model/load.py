@@ -14,7 +14,7 @@ from typing import Any
 from fastft import console
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
-from fastft.model import adapter, device, freeze, lora_start, memory, placement, quantization, quiet
+from fastft.model import adapter, device, freeze, lora_start, memory, placement, quantization, quiet, speed
 from fastft.model.quantization import Quantized
 from fastft.model.tokenizer import load_tokenizer, pad_id
 
@@ -57,6 +57,7 @@ class Loaded:
         quantized: how a 4-bit base is held, None for a plain one.
         products: torch dtype to which fp32 weights are rounded in products; None: they are multiplied as they are.
         memory: the memory switches that are in use.
+        speed: what is used to be faster.
     """
 
     model: Any
@@ -66,6 +67,7 @@ class Loaded:
     quantized: Quantized | None
     products: Any
     memory: memory.Switches
+    speed: speed.Speed
 
 
 def locate(model: schema.Model) -> Base:
@@ -140,14 +142,17 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if config.model.init == "random" and (kind == "qlora" or stored_4bit is not None):
         raise ConfigError("model.init: random makes new weights, which a 4-bit method would freeze; use method full")
     settings: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
-    if config.model.attention != "auto":
-        settings["attn_implementation"] = config.model.attention
     model_config = read_model_config(base, **settings)
     if config.task == "reward":
         model_config.num_labels, model_config.pad_token_id = 1, pad_id(tokenizer)
     model_class = _model_class(config.task)
     device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
+    products = device.products_dtype(config.model.dtype, dtype, kind, on)
+    is_16bit = dtype.itemsize == 2 or products is not None
+    fast = speed.choose(config, speed.facts_of(model_config, on, products_16bit=is_16bit))
+    if fast.attention is not None:
+        settings["attn_implementation"] = fast.attention
     if config.model.init == "random":
         model = _draw(model_class, model_config, dtype, settings, config.train.seed)
     else:
@@ -165,15 +170,15 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if kind == "qlora" or stored_4bit is not None:
         quantization.disable_cpu_repacking(model)
         quantized = quantization.describe(model)
+    speed.install(model, fast)
     if config.method.lora is not None:
         model = adapter.attach(model, config.method.lora, base.name, config.task)
         lora_start.start(model, config.method.lora, base.weights_folder)
     if config.method.trained_layers is not None:
         freeze.freeze(model, config.method.trained_layers)
-    products = device.products_dtype(config.model.dtype, dtype, kind, on)
     switches = memory.choose(config, memory.facts_of(model, on), on)
     memory.install(model, switches, on)
-    return Loaded(model, tokenizer, base.folder, base, quantized, products, switches)
+    return Loaded(model, tokenizer, base.folder, base, quantized, products, switches, fast)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:

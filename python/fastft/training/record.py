@@ -26,7 +26,8 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
     `base` (`name`: hub id or absolute folder; `folder`; `revision`; `model_type`: of the original files;
     `laid_out_from`: "internlm2" when it was read in the Llama layout, so that adapter names are Llama's),
     `quantization` (None, or how the base was held: model.quantization.Quantized), `memory` (the switches in use:
-    model.memory.Switches; head "nf4" means that the adapter learned behind a 4-bit head), `versions`.
+    model.memory.Switches; head "nf4" means that the adapter learned behind a 4-bit head), `speed` (what made it
+    faster: model.speed.Speed), `versions`.
     """
     base = loaded.base
     return {
@@ -47,6 +48,7 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
         },
         "quantization": None if loaded.quantized is None else loaded.quantized.to_json(),
         "memory": loaded.memory.to_json(),
+        "speed": loaded.speed.to_json(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES},
     }
 

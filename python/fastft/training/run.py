@@ -70,9 +70,25 @@ def dry_run(config: schema.Config, *, work_dir: Path, processes: int = 1) -> Non
     prepared = _prepare(config)
     from fastft.training import trainer
 
+    if config.task in ("pretrain", "sft"):
+        console.note(_first_batch(config, prepared))
     steps = trainer.total_steps(config.train, _num_rows(config, prepared.data), processes)
     by = f" by {processes} processes" if processes > 1 else ""
     console.note(f"dry run: {steps} steps would be made in {work_dir}{by}; nothing was trained")
+
+
+def _first_batch(config: schema.Config, prepared: Prepared) -> str:
+    """What the first process would see first: rows, their length, how many of the tokens are learned."""
+    from fastft.data.collate import Collator
+    from fastft.data.samples import NOT_LEARNED
+    from fastft.training.batches import EpochBatches
+
+    rows, train = prepared.data.train, config.train
+    order = EpochBatches(len(rows), train.batch_size, shuffle=config.data.shuffle, seed=train.seed)
+    batch = Collator(tokenizer.pad_id(prepared.tokenizer))([rows[index] for index in next(iter(order))])
+    count, length = batch["input_ids"].shape
+    learned = int((batch["labels"] != NOT_LEARNED).sum())
+    return f"first batch: {count} rows of {length} tokens, {learned} of {count * length} learned"
 
 
 def run(config: schema.Config, *, work_dir: Path, resume: str | None = None) -> RunResult:
@@ -132,8 +148,9 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
         lora_start.check(found.path, loaded.model)
     about = record.describe(config, loaded, counts, steps)
     console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
-    if config.memory != schema.Memory() or device.choose().type == "cuda":
+    if config.memory != schema.Memory() or device.choose().type != "cpu":
         console.note(f"memory: {loaded.memory.line()}")
+    console.note(f"speed: {'; '.join(loaded.speed.parts())}")
     if writes:
         _require_space(work_dir, loaded.model, config)
     on_page = page.About(config, steps, prepared.data.report.lines(), about)
@@ -217,8 +234,9 @@ def _train(
     about, steps, step = on_page.record, on_page.steps, found.step if found else 0
     listeners = loggers.start(config, resume.flat(config), work_dir, step) if writes else []
     pages = [refresh.Refresh(work_dir, on_page)] if writes else []
-    learning = _learning(config, data, tokenizer.pad_id(loaded.tokenizer))
-    arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose())
+    flatten = loaded.speed.attention == "flash_attention_2"
+    learning = _learning(config, data, tokenizer.pad_id(loaded.tokenizer), flatten=flatten)
+    arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose(), fast=loaded.speed)
 
     def beside(place: Path) -> None:
         record.write(place, about)
@@ -283,13 +301,14 @@ class Learning:
     eval_rows: Any
 
 
-def _learning(config: schema.Config, data: Any, pad_id: int) -> Learning:
+def _learning(config: schema.Config, data: Any, pad_id: int, *, flatten: bool) -> Learning:
+    """What is learned from; `flatten` lays a batch's rows into one, which flash attention needs to tell them apart."""
     from fastft.data.collate import Collator
     from fastft.data.preference_rows import RowCollator, Rows
     from fastft.training import trainer
 
     if config.task in ("pretrain", "sft"):
-        return Learning(trainer.FastftTrainer, Collator(pad_id), data.train, data.eval)
+        return Learning(trainer.FastftTrainer, Collator(pad_id, flatten=flatten), data.train, data.eval)
     from fastft.training.preferences import PreferenceTrainer
 
     train, evaluation = (

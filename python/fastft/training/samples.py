@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from fastft import console
 from fastft.chat import session
 from fastft.config import schema
+from fastft.model import device
 from fastft.training import metrics
 
 
@@ -81,9 +81,8 @@ def answer_all(talk: session.Talk, samples: schema.Samples) -> Sequence[str]:
     training = talk.model.training
     talk.model.eval()
     sampling = session.Sampling(max_new_tokens=samples.max_new_tokens, temperature=0.0)
-    devices = [talk.model.device] if talk.model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with device.same_random(talk.model.device):
             return [
                 session.answer(talk, session.question(prompt, samples.system), sampling) for prompt in samples.prompts
             ]

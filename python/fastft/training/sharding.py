@@ -13,6 +13,7 @@ import torch
 
 from fastft.config import schema
 from fastft.errors import ConfigError, TrainingError
+from fastft.model import layers
 from fastft.training import launch
 
 Full = dict[str, torch.Tensor]
@@ -49,7 +50,7 @@ def shard(model: Any, on: torch.device) -> None:
     from torch.distributed import fsdp
 
     mesh = torch.distributed.device_mesh.init_device_mesh(on.type, (torch.distributed.get_world_size(),))
-    for layer in _layers(model):
+    for layer in layers.of(model):
         fsdp.fully_shard(layer, mesh=mesh)
     fsdp.fully_shard(model, mesh=mesh)
     # Its hooks sit on calls of the module; `generate` calls modules inside it only.
@@ -159,6 +160,7 @@ def require_in_force(config: schema.Config, model: Any, distributed_type: str) -
     from torch.nn.parallel import DistributedDataParallel
 
     wanted, processes = config.distributed, launch.num_processes()
+    model = getattr(model, "_orig_mod", model)  # inside torch.compile's
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() != processes:
         raise TrainingError(
             f"processes: {processes} were started, {torch.distributed.get_world_size()} found each other"
@@ -187,17 +189,6 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _layers(model: Any) -> Iterator[Any]:
-    """The repeated blocks of a model: what transformers says must stay on one device."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = set(getattr(causal_lm, "_no_split_modules", None) or ())
-    found = [module for module in causal_lm.modules() if type(module).__name__ in names]
-    if not found:
-        raise TrainingError(f"FSDP: {type(causal_lm).__name__} does not say which of its modules are layers")
-    inner = {id(child) for module in found for child in module.modules() if child is not module}
-    yield from (module for module in found if id(module) not in inner)
 
 
 def _weights(model: Any) -> Full:

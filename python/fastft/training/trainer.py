@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from fastft import console
 from fastft.config import schema
 from fastft.errors import TrainingError
-from fastft.model import adapter, memory
+from fastft.model import adapter, memory, speed
 from fastft.training import checkpoint, deepspeed, groups, loss, sharding
 from fastft.training.batches import EpochBatches, EpochLoader
 from fastft.training.host_checkpoints import HostCheckpoints
@@ -34,7 +34,15 @@ def total_steps(train: schema.Train, num_rows: int, processes: int = 1) -> int:
     return train.max_steps or math.ceil(train.epochs * per_epoch)
 
 
-def arguments(config: schema.Config, run_dir: Path, steps: int, products: torch.dtype | None, on: torch.device) -> Any:
+def arguments(
+    config: schema.Config,
+    run_dir: Path,
+    steps: int,
+    products: torch.dtype | None,
+    on: torch.device,
+    *,
+    fast: speed.Speed | None = None,
+) -> Any:
     """TrainingArguments for a config; the names of today's transformers meet ours only here.
 
     Args:
@@ -43,6 +51,7 @@ def arguments(config: schema.Config, run_dir: Path, steps: int, products: torch.
         steps: optimizer steps of the whole run.
         products: from `load.Loaded`.
         on: where the training runs.
+        fast: what is used to be faster; None: torch's defaults.
     """
     train = config.train
     if on.type == "cpu" and train.optimizer == "paged_adamw_8bit":
@@ -57,7 +66,8 @@ def arguments(config: schema.Config, run_dir: Path, steps: int, products: torch.
         learning_rate=train.lr,
         lr_scheduler_type=_SCHEDULES[train.schedule],
         warmup_steps=min(math.ceil(train.warmup_ratio * steps), steps),
-        optim=_OPTIMIZERS[optimizer],
+        optim="adamw_torch" if optimizer == "adamw" and fast and not fast.fused_optimizer else _OPTIMIZERS[optimizer],
+        tf32=None if fast is None else fast.tf32,
         weight_decay=train.weight_decay,
         adam_beta1=train.betas[0],
         adam_beta2=train.betas[1],
@@ -78,13 +88,13 @@ def arguments(config: schema.Config, run_dir: Path, steps: int, products: torch.
         bf16=products == torch.bfloat16,
         fp16=products == torch.float16,
         dataloader_num_workers=0,
-        dataloader_pin_memory=on.type == "cuda",
+        dataloader_pin_memory=on.type in {"cuda", "xpu"},
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
         deepspeed=deepspeed.settings(config) if config.distributed.deepspeed is not None else None,
     )
-    if on.type == "cuda" and made.n_gpu > 1:
+    if made.n_gpu > 1:
         console.note(f"{made.n_gpu} GPUs are here and one is used; NPROC_PER_NODE={made.n_gpu} uses all")
         made._n_gpu = 1  # noqa: SLF001 - the only way to keep Trainer from nn.DataParallel
     return made
@@ -145,6 +155,8 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         causal_lm.config.use_cache = False
         _set_checkpointing(causal_lm, memory.checkpoints(config, args.device))
         self.install_loss(causal_lm)
+        if config.accelerate.compile is True:
+            speed.compile_layers(model)
         if config.distributed.fsdp:
             sharding.shard(model, args.device)
         self.seen_in_force = False
