@@ -443,7 +443,8 @@ class Config(Section):
             for name, value in (("embedding", memory.embedding), ("head", memory.head), ("lora", memory.lora)):
                 if value in {"host", "nf4", "fused"}:
                     raise ValueError(
-                        f"memory.{name}: {value} is for frozen weights with adapters, not for kind: {self.method.kind}"
+                        f"memory.{name}: {value} is for frozen weights with adapters; kind: {self.method.kind} "
+                        f"{'trains them all' if self.method.kind == 'full' else 'has no adapters'}"
                     )
         if self.distributed.shares:
             for name, value in (("embedding", memory.embedding), ("head", memory.head)):
