@@ -46,7 +46,9 @@ def test_the_rest_goes_to_the_device(four_bit: bool, folder: Path) -> None:
     if four_bit:
         settings["quantization_config"] = quantization.settings(schema.Quantization(), torch.device("cpu"))
     places = placement.device_map(BOTH, config, "meta")
-    model = load._read(base, config, torch.bfloat16, settings, places)
+    from transformers import AutoModelForCausalLM
+
+    model = load._read(AutoModelForCausalLM, base, config, torch.bfloat16, settings=settings, places=places)
     devices = {name: parameter.device.type for name, parameter in model.named_parameters()}
     in_ram = {"model.embed_tokens.weight", "lm_head.weight"}
     assert {name for name, kind in devices.items() if kind == "cpu"} == in_ram

@@ -47,6 +47,10 @@ def choose(config: schema.Config, base: model_load.Base, card: Card | None, proc
     unchanged = Choice(config, {})
     if card is None:
         return unchanged
+    other = _not_counted(config)
+    if other is not None:
+        console.note(f"no plan: {other} is not counted yet")
+        return unchanged
     tokens = config.data.max_length
     try:
         planned = subject.of_json(config, base.config_json, **about)
@@ -55,6 +59,10 @@ def choose(config: schema.Config, base: model_load.Base, card: Card | None, proc
         advice = None if counted.peak <= budget else fit.advise(planned, tokens, budget, fit.automatic(planned))
     except ConfigError as problem:
         console.note(f"no plan: {problem}")
+        return unchanged
+    except Exception as problem:  # noqa: BLE001 - a count of a model's code on shapes alone; no run may fail for it
+        reason = (str(problem).splitlines() or [""])[0]
+        console.warn(f"no plan: the count failed ({type(problem).__name__}: {reason}); the run begins without one")
         return unchanged
     console.note(
         f"plan: peak {_gib(counted.peak)} of {_gib(budget)} GiB that torch can have here, rows of {tokens:,} tokens"
@@ -71,6 +79,17 @@ def choose(config: schema.Config, base: model_load.Base, card: Card | None, proc
             f"{_gib(budget)} GiB here; `fastft plan` tells what would"
         )
     return Choice(fit.changed(config, advice.changes), names)
+
+
+def _not_counted(config: schema.Config) -> str | None:
+    """What of a run the count would leave out; None: nothing."""
+    if config.task not in ("pretrain", "sft"):
+        return f"task {config.task}"
+    if config.method.kind == "freeze":
+        return "method freeze"
+    if config.distributed.fsdp or config.distributed.deepspeed is not None:
+        return "a run that is shared out"
+    return None
 
 
 def _gib(num_bytes: int) -> str:
