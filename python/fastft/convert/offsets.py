@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from fastft import _native, console
 from fastft.convert.four_bit import FourBit
 from fastft.convert.mean import mean
@@ -94,6 +92,8 @@ def _nbytes(tensor: OutputTensor) -> int:
 
 def _offset(of: Numbers, dtype: str, shape: tuple[int, ...], four_bit: FourBit, *, transposed: bool) -> float:
     """Have the stream make the numbers, and take the mean of their scales."""
+    import numpy as np
+
     whole = packed("scanned", of, dtype, shape, four_bit, transposed=transposed)
     shard = Shard("nothing-is-written", tuple(part for part in whole if not isinstance(part.operation, Bytes)))
     assert any(isinstance(part.operation, ScalesOf) for part in shard.tensors)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from fastft import _native
+from fastft.convert.bitsandbytes_layout import BLOCKSIZES
 from fastft.convert.mean import mean
 from fastft.errors import ArrayError, CheckpointError
 from fastft.native.array import FLOATS, Array, Kind, Memory, Same, dtype_name, empty, floats, is_torch, memory, target
@@ -320,9 +321,8 @@ def _scales(state: QuantState, threads: int | None) -> "NDArray[np.float32]":
 
 def check_blocksize(what: str, blocksize: object) -> None:
     """Refuse a block size that bitsandbytes does not have."""
-    allowed = [32 << power for power in range(8)]
-    if blocksize not in allowed or isinstance(blocksize, bool | float):
-        raise ArrayError(f"{what}: blocksize {blocksize!r} is not allowed; use {', '.join(map(str, allowed))}")
+    if blocksize not in BLOCKSIZES or isinstance(blocksize, bool | float):
+        raise ArrayError(f"{what}: blocksize {blocksize!r} is not allowed; use {', '.join(map(str, BLOCKSIZES))}")
 
 
 def _checked(state: QuantState, where: str) -> QuantState:
