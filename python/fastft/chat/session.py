@@ -73,7 +73,8 @@ class Talk:
         self.model = model
         self.seer = seer
         self.tokenizer = tokenizer
-        self.template = None if continues or not tokenizer.chat_template else ChatTemplate(tokenizer)
+        without = continues or not tokenizer.chat_template
+        self.template = None if without else ChatTemplate(tokenizer, of_processor=seer is not None)
         self.stops = stop_ids(model, tokenizer, self.template)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:

@@ -402,7 +402,7 @@ class Encoder:
         if not dialogues:
             return
         if self.template is None:
-            self.template = ChatTemplate(self.tokenizer, self._fallback)
+            self.template = ChatTemplate(self.tokenizer, self._fallback, of_processor=self.seer is not None)
         rendered: list[tuple[str, list[Span]] | BadRowError | BadImageError] = []
         # Where each image stands in the text of those that could be rendered.
         shown: list[list[ShownImage]] = []
@@ -417,7 +417,7 @@ class Encoder:
             except (BadRowError, BadImageError) as error:
                 rendered.append(error)
         good = [found for found in rendered if isinstance(found, tuple)]
-        if any(shown):
+        if self.seer is not None:
             encoded = iter(self.template.encode_shown(good, shown))
         else:
             fast = self._fast_road(len(good))
