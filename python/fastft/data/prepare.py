@@ -474,7 +474,7 @@ def _digest(encoded: Encoded) -> int:
         return digest(encoded.ids)
     joined = hashlib.blake2b(encoded.ids.tobytes(), digest_size=8)
     for image in encoded.images:
-        joined.update(image.ref.content if image.ref.content is not None else str(image.ref.path).encode())
+        joined.update((image.ref.digest or str(image.ref.path)).encode())
     return int.from_bytes(joined.digest(), "little")
 
 

@@ -7,6 +7,7 @@ alone; the processor is asked once for each size, with an empty picture.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastft.data.dialogue import ImageRef, PlacedImage
 from fastft.data.formats import BadRowError
 from fastft.data.images import BadImageError
 from fastft.data.samples import NOT_LEARNED, Sample
+from fastft.data.spool import Spool
 from fastft.data.template import ShownImage, Span
 
 if TYPE_CHECKING:
@@ -51,14 +53,24 @@ class Seer:
         image_token_id: the id that the model replaces by the features of an image.
         vision: the config's section.
         model_type: of the model's config.json.
+        folder: for images that rows hold themselves; None: where the system keeps temporary files.
 
     Attributes:
         packs: whether several samples may share a row.
         positions: how positions are counted then; None if they may not.
     """
 
-    def __init__(self, processor: Any, image_token_id: int, vision: schema.Vision, model_type: str) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        image_token_id: int,
+        vision: schema.Vision,
+        model_type: str,
+        *,
+        folder: Path | None = None,
+    ) -> None:
         self.processor = processor
+        self._spool = Spool(folder)
         self.positions = POSITIONS.get(model_type)
         self.packs = self.positions is not None
         self.image_token_id = image_token_id
@@ -112,7 +124,7 @@ class Seer:
         before = len(pieces[0])
         for ref, size, piece in zip(refs, sizes, pieces[1:], strict=True):
             replacement = self.replacement(size, ref)
-            shown.append(((place, place + len(replacement)), ref, size))
+            shown.append(((place, place + len(replacement)), self._spool.keep(ref), size))
             written += [replacement, piece]
             place += len(replacement) + len(piece)
             shifts.append((before, len(replacement) - len(self.mark)))
@@ -171,7 +183,7 @@ class Seer:
         """
         if not refs:
             return {}
-        pictures = [images.read(ref, self.max_image_pixels) for ref in refs]
+        pictures = [images.read(self._spool.content(ref), self.max_image_pixels) for ref in refs]
         _, made = self._asked(pictures, return_tensors="pt")
         return {key: value for key, value in made.items() if key not in TEXT_KEYS}
 

@@ -46,6 +46,7 @@ def read(config: schema.Config, base: model_load.Base) -> Words:
 
 
 def _seeing(config: schema.Config, base: model_load.Base, settings: schema.Vision) -> Words:
+    from fastft.data import cache
     from fastft.data.vision import Seer
 
     if settings.tower is not None:
@@ -55,7 +56,8 @@ def _seeing(config: schema.Config, base: model_load.Base, settings: schema.Visio
     if not getattr(made.tokenizer, "chat_template", None):
         made.tokenizer = tokenizer.with_template(made.tokenizer, config.model)
     token = vision.image_token_id(model_load.read_model_config(base))
-    seer = Seer(made, token, settings, kind)
+    folder = None if config.data.cache is None else cache.folder(config.data.cache)
+    seer = Seer(made, token, settings, kind, folder=folder)
     if config.data.packing and not seer.packs:
         console.note(f"packing: off, a model of type {kind} takes one sample a row")
     return Words(made.tokenizer, made, seer)
