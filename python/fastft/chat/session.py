@@ -258,7 +258,7 @@ def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     except (OSError, ValueError, KeyError) as cause:
         raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
     if bits or stored_4bit is not None:
-        quantization.disable_cpu_repacking(model)
+        quantization.make_safe(model)
     return model
 
 

@@ -168,7 +168,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     _check_vocabulary(model, tokenizer, base)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
-        quantization.disable_cpu_repacking(model)
+        quantization.make_safe(model)
         quantized = quantization.describe(model)
     speed.install(model, fast)
     if config.method.lora is not None:
