@@ -77,11 +77,14 @@ def _decode(  # noqa: PLR0917 - the operation's own arguments
 
     from fastft import native
 
+    # Memory that numpy has seen cannot be freed by FSDP, which does that with gathered weights: the decoder gets copies.
     state = native.QuantState(
         quant_type="nf4" if quant_type == "nf4" else "fp4",
         blocksize=blocksize,
         dtype=str(dtype).removeprefix("torch."),
         shape=tuple(shape),
-        absmax=absmax.float().contiguous(),
+        absmax=absmax.to(torch.float32, copy=True, memory_format=torch.contiguous_format),
     )
-    return native.dequantize_4bit(packed.contiguous(), state, threads=torch.get_num_threads())
+    return native.dequantize_4bit(
+        packed.clone(memory_format=torch.contiguous_format), state, threads=torch.get_num_threads()
+    )
