@@ -286,7 +286,10 @@ def stand_ins(tracker: Tracker, *, on_gpu: bool) -> Iterator[None]:
             yield buffers[number % 2][: tile.shape[0]]
 
     def copied(self: Any, memo: dict[int, Any]) -> Any:
-        memo[id(self)] = made = nn.Parameter(torch.empty_like(self), requires_grad=self.requires_grad)
+        made = torch.empty_like(self)
+        if isinstance(self, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=self.requires_grad)
+        memo[id(self)] = made
         return made
 
     def nf4_tiles(self: Any, weight_VD: torch.Tensor, tile_rows: int, _device: torch.device) -> None:
@@ -300,7 +303,7 @@ def stand_ins(tracker: Tracker, *, on_gpu: bool) -> Iterator[None]:
         put(mock.patch.object(host_checkpoints.HostCheckpoints, "buffer", buffer))
         put(mock.patch.object(nn.Module, "_apply", _apply))
         # peft copies what it trains beside adapters; torch would copy the mode of fake tensors with them.
-        put(mock.patch.object(nn.Parameter, "__deepcopy__", copied))
+        put(mock.patch.object(torch.Tensor, "__deepcopy__", copied))
         # Whether rows are packed is asked of the numbers; the plan gives a packed row its mask itself.
         put(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
         put(mock.patch.object(tiled_head._Nf4Tiles, "__init__", nf4_tiles))  # noqa: SLF001
