@@ -96,7 +96,9 @@ class Hub(BaseHTTPRequestHandler):
         path = self._begin()
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
-        if path == "/api/repos/create":
+        if path == "/api/validate-yaml":
+            self._answer(200, b'{"errors": [], "warnings": []}')
+        elif path == "/api/repos/create":
             self._create(json.loads(body))
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|branch|commit)/(.+)", path):
             getattr(self, f"_{match[2]}")(match[1], match[3], body)
@@ -119,6 +121,9 @@ class Hub(BaseHTTPRequestHandler):
         if token := self.headers.get("Authorization", "").removeprefix("Bearer "):
             self.tokens.add(token)
         return path
+
+    def _at(self, repository: str) -> str:
+        return f"http://{self.headers['Host']}/{repository}"
 
     def _is_refused(self, repository: str) -> bool:
         fault = self.faults.get(repository, {})
@@ -183,10 +188,10 @@ class Hub(BaseHTTPRequestHandler):
             return
         self.created.append(wanted)
         if repository in self.written:
-            self._answer(409, b'{"error": "You already created this model repo"}')
+            self._answer(409, json.dumps({"error": "You already created it", "url": self._at(repository)}).encode())
             return
         self.written.setdefault(repository, {})["main"] = {}
-        self._answer(200, json.dumps({"url": f"http://here/{repository}", "name": repository, "id": "1"}).encode())
+        self._answer(200, json.dumps({"url": self._at(repository), "name": repository, "id": "1"}).encode())
 
     def _branch(self, repository: str, branch: str, _body: bytes) -> None:
         self.written[repository].setdefault(branch, {})
@@ -226,7 +231,7 @@ class Hub(BaseHTTPRequestHandler):
         self._answer(
             200,
             json.dumps(
-                {"commitUrl": f"http://here/{repository}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+                {"commitUrl": f"{self._at(repository)}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
             ).encode(),
         )
 

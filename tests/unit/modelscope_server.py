@@ -48,7 +48,7 @@ class Scope(BaseHTTPRequestHandler):
 
     def _read(self, repository: str, what: str | None, asked: dict[str, str]) -> None:
         fault = self.faults.get(repository, {})
-        files = REPOSITORIES.get(repository)
+        files = REPOSITORIES.get(repository) or self.written.get(f"{repository}@{asked.get('Revision', 'master')}")
         if "status" in fault:
             self._answer(fault["status"], {"Code": fault["status"], "Message": "no"})
         elif repository == "acme/private":

@@ -53,6 +53,7 @@ COMMANDS = (
     Command(("convert", "split"), "convert_split:split"),
     Command(("chat",), "chat:chat"),
     Command(("download",), "download:download"),
+    Command(("upload",), "upload:upload"),
     Command(("doctor",), "doctor:doctor"),
     Command(("help",), "help:help_", {}),
     Command(("version",), "version:version"),

@@ -152,7 +152,7 @@ def reason(what: str, repository: str, revision: str | None, error: BaseExceptio
                 f"{constants.HF_HUB_CACHE}; try again later, or set HF_ENDPOINT to a mirror."
             )
         return (
-            f"{what}: {endpoint} cannot be reached ({_cause(error)}) and the {noun} is not, or not wholly, in "
+            f"{what}: {endpoint} cannot be reached ({cause(error)}) and the {noun} is not, or not wholly, in "
             f"{constants.HF_HUB_CACHE}; check the network, set HF_ENDPOINT to a mirror, or give a folder."
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -163,7 +163,7 @@ def reason(what: str, repository: str, revision: str | None, error: BaseExceptio
         )
     if status is not None and status >= 500:
         return f"{what}: {endpoint} fails (HTTP {status}); start again later, what is complete is kept."
-    return f"{what}: the download from {endpoint} failed: {_cause(error)}; start again, what is complete is kept."
+    return f"{what}: the download from {endpoint} failed: {cause(error)}; start again, what is complete is kept."
 
 
 def dataset_reason(name: str, repository: str, revision: str | None, error: BaseException) -> str:
@@ -283,7 +283,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The first line of the innermost reason."""
     while error.__cause__ is not None:
         error = error.__cause__

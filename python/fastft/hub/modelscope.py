@@ -67,7 +67,7 @@ def files(repository: str, kind: str, revision: str | None, patterns: Sequence[s
     """
     wanted = _Wanted(repository, kind, revision, None if patterns is None else tuple(patterns))
     what = wanted.what
-    hub = _client(what)
+    hub = client(what)
     with quiet.spoken_for():
         if quiet.is_offline():
             return _cached(hub, wanted)
@@ -146,7 +146,7 @@ def reason(what: str, revision: str | None, error: BaseException) -> str:
     )
 
 
-def _client(what: str) -> Any:
+def client(what: str) -> Any:
     """ModelScope's own client, which reads token, mirror and cache from the environment."""
     quiet.prepare()
     os.environ.setdefault("TQDM_DISABLE", "1")  # its bars, read when tqdm is imported; ours stands for all files
