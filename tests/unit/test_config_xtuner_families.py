@@ -1,7 +1,8 @@
 """One config in the shape of each of XTuner's families: what is trained, on what, and what has no counterpart.
 
 The samples are written here in that style. The same importer was also run over every config of XTuner 0.1.0, 0.1.9,
-0.1.23 and 0.2.0: what it refuses there are MOSS's and InternLM's own data files, RefCOCO's boxes, and 8-bit bases.
+0.1.23 and 0.2.0: what it refuses there are MOSS's and InternLM's own data files, RefCOCO's boxes, 8-bit bases, and adapters in a tower beside a
+language model that is trained in full.
 """
 
 import json
@@ -250,9 +251,84 @@ def test_system_texts_are_our_own(read):
         assert read(config(rows(), hooks=hook)).config.samples.system, part
 
 
+IMAGES = (
+    "dict(type='xtuner.dataset.LLaVADataset', data_path='llava.json', image_folder='pictures', tokenizer=tokenizer,"
+    " image_processor=dict(type='transformers.CLIPImageProcessor.from_pretrained'), dataset_map_fn=map_fns.llava_map_fn,"
+    " template_map_fn=dict(type=map_fns.template_map_fn_factory, template=PROMPT_TEMPLATE.internlm2_chat),"
+    " max_length=int(2048 - (336 / 14)**2), pad_image_to_square=True)"
+)
+TOWER = "visual_encoder=dict(type='transformers.CLIPVisionModel.from_pretrained', pretrained_model_name_or_path='acme/clip')"  # fmt: skip
+LLAVA = f"type='xtuner.model.LLaVAModel', {TOWER}"
+LLM_LORA, TOWER_LORA = LORA.replace("lora=", "llm_lora="), LORA.replace("lora=", "visual_encoder_lora=")
+
+
+def test_llava_pretraining_learns_the_projector_alone(read):
+    model = f"{LLAVA}, freeze_llm=True, freeze_visual_encoder=True"
+    hook = "dict(type=EvaluateChatHook, every_n_iters=8, evaluation_inputs=['What?'], evaluation_images='view.jpg')"
+    loaded = read(config(IMAGES, model, NF4, hooks=hook))
+    vision = loaded.config.vision
+    assert (loaded.config.model.name, vision.tower, vision.select_layer) == ("acme/base", "acme/clip", -2)
+    assert (vision.learn.llm, vision.learn.projector, vision.learn.tower) == ("frozen", "full", "frozen")
+    assert (loaded.config.method.kind, loaded.config.method.quantization.type) == ("qlora", "nf4")
+    (source,) = loaded.config.data.train
+    assert (source.source, source.format, source.images) == ("llava.json", "sharegpt", "pictures")
+    assert (loaded.config.data.max_length, loaded.config.data.packing) == (1472, False)
+    assert (loaded.config.samples.prompts, loaded.config.samples.images) == (("What?",), ("view.jpg",))
+    assert read(config(IMAGES, model)).config.method.kind == "full"  # of which only the projector is trained
+
+
+def test_llava_fine_tuning_with_adapters_in_both(read):
+    tower = TOWER_LORA.replace("0.1", "0.3")
+    model = f"{LLAVA}, freeze_llm=True, freeze_visual_encoder=True, pretrained_pth='a/projector', {LLM_LORA}, {tower}"
+    loaded = read(config(IMAGES, model, NF4))
+    learn = loaded.config.vision.learn
+    assert (learn.llm, learn.projector, learn.tower) == ("method", "full", "lora")
+    assert (learn.tower_lora.r, learn.tower_lora.alpha, learn.tower_lora.dropout) == (16, 32, 0.1)
+    assert (loaded.config.method.kind, loaded.config.method.lora.r) == ("qlora", 16)
+    assert loaded.config.vision.projector == "a/projector"
+    assert any(note.startswith("model.visual_encoder_lora.lora_dropout = 0.3") for note in loaded.notes)
+    assert not [note for note in loaded.notes if "freeze" in note]
+
+
+def test_llava_fine_tuning_in_full(read):
+    model = f"{LLAVA}, freeze_llm=False, freeze_visual_encoder=False, pretrained_pth='a/iter_9.pth'"
+    hook = "dict(type=EvaluateChatHook, evaluation_inputs=['What?'], evaluation_images='https://host/view.jpg')"
+    loaded = read(config(f"dict(type=ConcatDataset, datasets=[{IMAGES}, {IMAGES}])", model, hooks=hook))
+    learn = loaded.config.vision.learn
+    assert (loaded.config.method.kind, learn.llm, learn.tower) == ("full", "method", "full")
+    assert len(loaded.config.data.train) == 2
+    assert (loaded.config.vision.projector, loaded.config.samples.prompts) == (None, ())
+    assert any("`fastft convert pth_to_hf` writes one" in note for note in loaded.notes)
+    assert any("addresses are not fetched" in note for note in loaded.notes)
+
+
+def test_internvl_is_one_model(read):
+    data = (
+        "dict(type='xtuner.dataset.InternVL_V1_5_Dataset', model_path='acme/internvl', data_paths=['a.json', 'b.json'],"
+        " image_folders=['a', None], repeat_times=[2, 0.5], template=PROMPT_TEMPLATE.internlm2_chat, max_length=8192)"
+    )
+    model = (
+        "type='xtuner.model.InternVL_V1_5', model_path='acme/internvl', freeze_llm=True, freeze_visual_encoder=True,"
+        f" quantization_llm=True, quantization_vit=False, {LLM_LORA}"
+    )
+    loaded = read(config(data, model))
+    wanted = loaded.config
+    assert (wanted.model.name, wanted.vision.tower, wanted.vision.learn.projector) == ("acme/internvl", None, "full")
+    assert (wanted.method.kind, wanted.data.max_length) == ("qlora", 8192)
+    parts = [(source.source, source.images, source.weight) for source in wanted.data.train]
+    assert parts == [("a.json", "a", 2), ("b.json", None, 0.5)]
+    assert any("give the same model in transformers' own layout" in note for note in loaded.notes)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        (
+            config(IMAGES.replace("data_path='llava.json', ", ""), LLAVA),
+            "data_path, the file with the dialogues, is missing",
+        ),
+        (config(IMAGES, f"{LLAVA}, {TOWER_LORA}"), "adapters in the tower go with adapters in the language model"),
+        (config(IMAGES, f"{LLAVA}, freeze_llm=False", NF4), "without `llm_lora` must be frozen"),
         (config(rows()).replace("type=process_hf_dataset", "type='xtuner.dataset.MOSSSFTDataset'"), "MOSS's own form"),
         (config("dict(type='xtuner.dataset.build_packed_dataset', packed_length=8)"), "InternLM's own files"),
         (config("dict(type='xtuner.dataset.refcoco_json.RefCOCOJsonDataset')"), "boxes of RefCOCO are not built"),

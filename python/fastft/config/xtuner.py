@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastft.config import recipes, xtuner_names
+from fastft.config import recipes, xtuner_names, xtuner_vision
 from fastft.config.python_text import Call, Symbol, Value, read
 from fastft.errors import ConfigError
 
@@ -103,6 +103,7 @@ class _Import:
         self._notes: list[str] = []
         self._template_name: str | None = None
         self._sample_steps: int | None = None
+        self._sees = False
         self._parallel = _whole(names.get("sequence_parallel_size")) or 1
         self._accumulation = self._accumulated(
             _whole(self._settings.take("optim_wrapper", "accumulative_counts"))
@@ -111,16 +112,19 @@ class _Import:
         )
 
     def run(self) -> Imported:
+        self._sees = _last(self._settings.take("model", "type")) in xtuner_vision.TYPES
         model = self._model()
         data, formats = self._data()
         task = self._task(formats)
+        method = self._method()
         if self._template_name is not None and task != "pretrain":
             model.setdefault("chat_template", self._template_name)
         values: dict[str, Any] = {
             "task": task,
             "model": model,
-            "method": self._method(),
+            "method": method,
             "data": data,
+            "vision": xtuner_vision.section(self._settings, method.get("lora"), self._note) if self._sees else {},
             "train": self._train(),
             "preference": self._preference(task),
             "samples": self._samples(),
@@ -179,7 +183,10 @@ class _Import:
 
     def _model(self) -> dict[str, Any]:
         take = self._settings.take
-        name = take("model", "llm", "pretrained_model_name_or_path")
+        if self._sees:
+            name = xtuner_vision.base(self._settings, self._note)
+        else:
+            name = take("model", "llm", "pretrained_model_name_or_path")
         if not isinstance(name, str):
             raise self._refuse("model.llm.pretrained_model_name_or_path: the base model's folder or id is missing")
         model: dict[str, Any] = {"name": name, **recipes.model_settings(name)}
@@ -200,6 +207,8 @@ class _Import:
 
     def _method(self) -> dict[str, Any]:
         take = self._settings.take
+        if self._sees:
+            return self._vision_method()
         lora = take("model", "lora")
         quantization = take("model", "llm", "quantization_config")
         if take("model", "llm", "load_in_8bit"):
@@ -210,21 +219,44 @@ class _Import:
             if quantization is not None:
                 raise self._refuse("model: a quantized base without `lora`: there is nothing to train")
             return {"kind": "full"}
-        method: dict[str, Any] = {"kind": "lora" if quantization is None else "qlora", "lora": self._lora()}
+        method: dict[str, Any] = {"kind": "lora" if quantization is None else "qlora", "lora": self._lora("lora")}
         if quantization is not None:
             method["quantization"] = self._quantization()
         return method
 
-    def _lora(self) -> dict[str, Any]:
+    def _vision_method(self) -> dict[str, Any]:
+        """How the language model is trained; a frozen one in 4 bits is qlora with `vision.learn.llm: frozen`."""
+        take = self._settings.take
+        quantized = take("model", "llm", "quantization_config") is not None
+        settings = self._quantization() if quantized else None
+        if xtuner_vision.quantized_internvl(self._settings, self._note):
+            settings = {"type": "nf4", "double_quant": True}
+        adapters = take("model", "llm_lora") is not None
+        if not adapters and settings is None:
+            if take("model", "visual_encoder_lora") is not None:
+                raise self._refuse(
+                    "model.visual_encoder_lora: adapters in the tower go with adapters in the language model (llm_lora)"
+                )
+            return {"kind": "full"}
+        if not adapters and not take("model", "freeze_llm"):
+            raise self._refuse("model: a quantized language model without `llm_lora` must be frozen (freeze_llm=True)")
+        method: dict[str, Any] = {"kind": "lora" if settings is None else "qlora"}
+        if adapters:
+            method["lora"] = self._lora("llm_lora")
+        if settings is not None:
+            method["quantization"] = settings
+        return method
+
+    def _lora(self, key: str) -> dict[str, Any]:
         take = self._settings.take
         pairs = {
             "r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
             "modules_to_save": "modules_to_save", "use_rslora": "rslora",
         }  # fmt: skip
-        found = {ours: take("model", "lora", theirs) for theirs, ours in pairs.items()}
-        bias = take("model", "lora", "bias")
+        found = {ours: take("model", key, theirs) for theirs, ours in pairs.items()}
+        bias = take("model", key, "bias")
         if bias not in (None, "none"):
-            self._note(f"model.lora.bias = {bias!r}: no counterpart; biases stay as they are")
+            self._note(f"model.{key}.bias = {bias!r}: no counterpart; biases stay as they are")
         return {"r": 8, "alpha": 8, **{key: value for key, value in found.items() if value is not None}}
 
     def _quantization(self) -> dict[str, Any]:
@@ -287,6 +319,9 @@ class _Import:
     def _sources(self, at: tuple[str | int, ...]) -> list[dict[str, Any]]:
         take = self._settings.take
         kind = _last(take(*at, "type"))
+        if kind in xtuner_vision.DATA_TYPES:
+            self._template(take(*at, "template_map_fn", "template") or take(*at, "template"))
+            return xtuner_vision.sources(self._settings, at, self._note, self._refuse)
         if kind not in ("process_hf_dataset", "process_ms_dataset", "build_preference_dataset", "build_openai_dataset"):
             why = xtuner_names.REFUSED_DATA.get(kind)
             raise self._refuse(
@@ -476,6 +511,10 @@ class _Import:
                 if isinstance(every := hook.get("every_n_iters"), int):
                     self._sample_steps = self._steps(every)
                 samples["prompts"] = hook.get("evaluation_inputs") or []
+                if self._sees and (images := xtuner_vision.sample_images(hook.get("evaluation_images"), self._note)):
+                    samples["images"] = images
+                elif self._sees:
+                    samples["prompts"] = []
                 if isinstance(hook.get("max_new_tokens"), int):
                     samples["max_new_tokens"] = hook["max_new_tokens"]
                 if isinstance(hook.get("system"), str) and hook["system"]:

@@ -13,6 +13,8 @@ TASKS = {
     "DPO": "dpo",
     "ORPO": "orpo",
     "RewardModel": "reward",
+    "LLaVAModel": "sft",
+    "InternVL_V1_5": "sft",
 }
 # PagedAdamW32bit computes what AdamW does.
 OPTIMIZERS = {
@@ -114,7 +116,8 @@ FILE_READERS = ("load_jsonl_dataset", "load_json_file")
 
 # Settings without an effect of their own in our runs, or the same for all of them.
 HARMLESS = (
-    "tokenizer.*", "*.tokenizer", "*.tokenizer.*", "*type", "model.llm.trust_remote_code", "model.use_varlen_attn",
+    "tokenizer.*", "*.tokenizer", "*.tokenizer.*", "*.image_processor", "*.image_processor.*",
+    "*.model_path", "*type", "model.llm.trust_remote_code", "model.use_varlen_attn",
     "model.llm.quantization_config.llm_int8_*", "model.llm.quantization_config.bnb_4bit_quant_storage", "*.task_type",
     "*.bias", "train_dataloader.num_workers", "train_dataloader.pin_memory", "train_dataloader.persistent_workers",
     "train_dataloader.prefetch_factor", "train_dataloader.collate_fn.*", "train_dataloader.sampler.*",
