@@ -18,7 +18,7 @@ def upload(
     message: str = "Upload with fastft",
     yes: bool = False,
 ) -> Job:
-    """Send a result to a hub, with a card that says how it was made.
+    """Send a result to a hub, with a card made from the run.
 
     Without --yes nothing is sent: the files and the card are shown. Of a run the adapter (or model) and loss.png are sent;
     checkpoints, logs, samples and the folders of this machine stay here. A folder that is not whole, holds a token, a
