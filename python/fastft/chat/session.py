@@ -302,11 +302,12 @@ def _words(base: model_load.Base, adapter: Path | None) -> "tuple[Any, Seer | No
 
     has_processor = adapter is not None and any((adapter / name).is_file() for name in processor.FILES[:2])
     folder = adapter if adapter is not None and has_processor else base.weights_folder
-    made = processor.load(folder, model_type=str(base.config_json.get("model_type")))
+    kind = str(base.config_json.get("model_type"))
+    made = processor.load(folder, model_type=kind)
     if adapter is not None and not has_processor and _has_tokenizer(adapter):
         made.tokenizer = tokenizer.read(adapter)
     token = vision.image_token_id(model_load.read_model_config(base))
-    return made.tokenizer, Seer(made, token, schema.Vision())
+    return made.tokenizer, Seer(made, token, schema.Vision(), kind)
 
 
 def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:

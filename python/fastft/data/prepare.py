@@ -407,6 +407,8 @@ class Encoder:
         # Where each image stands in the text of those that could be rendered.
         shown: list[list[ShownImage]] = []
         texts = self.template.render_all(dialogues)
+        if self.seer is not None:
+            self.seer.look_at(image for dialogue in dialogues for image in dialogue.images)
         for dialogue, text in zip(dialogues, texts, strict=True):
             try:
                 written, spans = self.template.learned_spans(dialogue.messages, dialogue.tools, text)
@@ -474,7 +476,7 @@ def _digest(encoded: Encoded) -> int:
         return digest(encoded.ids)
     joined = hashlib.blake2b(encoded.ids.tobytes(), digest_size=8)
     for image in encoded.images:
-        joined.update(image.ref.content if image.ref.content is not None else str(image.ref.path).encode())
+        joined.update((image.ref.digest or str(image.ref.path)).encode())
     return int.from_bytes(joined.digest(), "little")
 
 
