@@ -1,5 +1,4 @@
-"""A LLaVA checkpoint of XTuner's as one folder of transformers' LlavaForConditionalGeneration (`--save-format huggingface`).
-"""
+"""A LLaVA checkpoint of XTuner's as one folder of transformers' LlavaForConditionalGeneration (`--save-format huggingface`)."""
 
 from collections.abc import Mapping
 
