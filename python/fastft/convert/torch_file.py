@@ -329,8 +329,7 @@ def _storage_widths(value: Any, path: Path) -> dict[str, int]:
         item = waiting.pop()
         if isinstance(item, Persistent):
             dtype, key, _, _ = _storage(item.identity, str(path))
-            if dtype:
-                widths[key] = DTYPE_BYTES[dtype]
+            widths[key] = DTYPE_BYTES[dtype] if dtype else 1
             continue
         if not isinstance(item, dict | list | tuple | Call) or id(item) in seen:
             continue
