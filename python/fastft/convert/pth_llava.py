@@ -50,9 +50,10 @@ def parts(job: Job, save_format: str) -> tuple[tuple[Part, ...], list[Checkpoint
     """
     groups, notes = _split(job)
     if save_format == "huggingface":
-        from fastft.convert import pth_llava_hf
-
-        return pth_llava_hf.parts(job, groups, notes)
+        raise PlanError(
+            f"{job.pth}: a LLaVA checkpoint is not yet written as one huggingface folder; leave --save-format, which writes"
+            " its parts"
+        )
     made: list[Part] = []
     bases: list[Checkpoint] = []
     if llm := groups["llm."]:
