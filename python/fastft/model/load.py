@@ -14,7 +14,7 @@ from typing import Any
 from fastft import console
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
-from fastft.model import adapter, device, freeze, lora_start, memory, placement, quantization, quiet, speed
+from fastft.model import adapter, device, freeze, lora_start, memory, placement, quantization, quiet, speed, whole
 from fastft.model.quantization import Quantized
 from fastft.model.tokenizer import load_tokenizer, pad_id
 
@@ -168,7 +168,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     _check_vocabulary(model, tokenizer, base)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
-        quantization.disable_cpu_repacking(model)
+        quantization.make_safe(model)
         quantized = quantization.describe(model)
     speed.install(model, fast)
     if config.method.lora is not None:
@@ -246,13 +246,18 @@ def _read(
     several = len(places) > 1
     if several:
         quantization.allow_parts_in_ram(settings.get("quantization_config"), model_config)
-    try:
-        with placement.without_offload_hooks() if several else nullcontext():
-            return model_class.from_pretrained(
-                base.weights_folder, config=model_config, dtype=dtype, **place, **settings
-            )
-    except (OSError, ValueError, KeyError) as cause:
-        raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
+    is_classifier = "SequenceClassification" in model_class.__name__
+    with placement.without_offload_hooks() if several else nullcontext():
+        return whole.read(
+            model_class,
+            base.weights_folder,
+            drawn=("score.weight",) if is_classifier else (),
+            dropped=("lm_head.weight",) if is_classifier else (),
+            config=model_config,
+            dtype=dtype,
+            **place,
+            **settings,
+        )
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, base: Base) -> None:
