@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny_run
+import two_processes
 import zero_writer
 from fastft.config.schema import Config
 from fastft.convert import pth
@@ -128,3 +130,27 @@ def test_without_deepspeed(written: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "ZeRO-3 keeps its weights as fp32 masters only" in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "name"), [("lora", "zero2"), ("full", "zero3")])
+def test_our_own_runs(kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """checkpoint-N of a fastft run under DeepSpeed: its weights, or the fp32 masters behind them when they are asked for."""
+    tiny_run.write_model(tmp_path / "model")
+    tiny_run.write_dialogues(tmp_path / "rows.jsonl", 12)
+    changes = {"train__max_steps": 2, "output__save_steps": 2, "samples__prompts": (), "distributed__deepspeed": name}
+    config = tiny_run.config(tmp_path / "model", tmp_path / "rows.jsonl", kind=kind, **changes)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # ninja
+    two_processes.run_all([two_processes.job(config, tmp_path / "run")], tmp_path)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    found = {}
+    for dtype in ("auto", "fp32"):
+        plan = pth.plan(config, checkpoint, dtype=dtype)
+        assert any("fp32 masters" in note for note in plan.notes) is (dtype == "fp32")
+        pth.execute(plan, tmp_path / dtype)
+        (file,) = (tmp_path / dtype).glob("*.safetensors")
+        found[dtype] = load_file(file)
+    assert found["auto"].keys() == found["fp32"].keys()
+    for key, tensor in found["auto"].items():
+        assert found["fp32"][key].dtype == torch.float32
+        assert torch.equal(found["fp32"][key].to(tensor.dtype), tensor), key
