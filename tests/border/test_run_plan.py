@@ -1,5 +1,6 @@
 """`run_plan`: every operation against numpy and safetensors, every refusal by its text, Ctrl-C and progress."""
 
+import itertools
 import json
 import os
 import signal
@@ -181,7 +182,7 @@ def test_join(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], dtype: 
     files = Files(tmp_path_factory.mktemp("join"))
     whole = np.arange(3000).reshape(50, 60) if dtype == "I64" else encode(numbers(8, 50, 60), dtype)
     ends = [0, *sorted(cuts), 3000]
-    pieces = [whole.reshape(-1)[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    pieces = [whole.reshape(-1)[start:end] for start, end in itertools.pairwise(ends)]
     parts = [files.source(piece, dtype) for piece in pieces]
     files.tensor("copied", dtype, whole.shape, {"kind": "join", "parts": parts})
     if dtype != "I64":
@@ -213,9 +214,7 @@ def test_refused_joins(files: Files, dtype: str, shape: tuple[int, ...], sizes: 
     with pytest.raises(PlanError, match=reason):
         files.run()
     files.tensors.clear()
-    files.tensor(
-        "x", "F32", (9,), {"kind": "join", "parts": [{"file": 0, "offset": 0, "dtype": "F32", "shape": [9]}] * 1}
-    )
+    files.tensor("x", "F32", (9,), {"kind": "join", "parts": [{"file": 0, "offset": 0, "dtype": "F32", "shape": [9]}]})
     files.data = files.data[:4]
     with pytest.raises(PlanError, match="is not inside"):
         files.run()

@@ -71,6 +71,12 @@ def test_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "convert pth_to_hf full.yaml iter_1.pth out")
     assert code == 1
     assert "--force" in err
+    code, _, err = run(capsys, "convert pth_to_hf iter_1.pth full.yaml out --force")
+    assert code == 2
+    assert "CONFIG comes first" in err
+    code, _, err = run(capsys, "convert pth_to_hf lora.yaml iter_1.pth out --force")
+    assert code == 0
+    assert "says method.kind: lora, but the checkpoint holds whole weights" in err
 
 
 def test_a_hub_id_whose_folder_has_no_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +169,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "another model": (_other_model, "not those of the base"),
     "another shape": (_other_shape, "has shape"),
     "another task": (lambda path: torch.save({"resnet.conv1.weight": torch.ones(3)}, path), "not those of the base"),
+    "flat parameters": (lambda path: torch.save({"_flat_param": torch.ones(3)}, path), "flat parameters of FSDP"),
     "untied weights": (_untied, "differ, but the config.json says that they are tied"),
     "too large for fp16": (lambda path: torch.save({n: t * 1e8 for n, t in weights().items()}, path), "too large"),
 }

@@ -4,6 +4,7 @@ tests/invariants/test_deepspeed_folders.py does the same with folders that DeepS
 """
 
 import collections
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -113,6 +114,8 @@ def test_zero_2(tmp_path: Path, gaps: bool, groups: int) -> None:
     found = converted(folder, tmp_path, "auto")
     assert found.keys() == truth.keys()
     assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in truth.items())
+    # The base says float32; the weights that are kept say otherwise.
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     found = converted(folder, tmp_path, "fp32")
     assert all(torch.equal(found[name], tensor) for name, tensor in truth.items())
 
@@ -142,6 +145,7 @@ def test_zero_3(tmp_path: Path, sub_group: int) -> None:
     assert found.keys() == truth.keys()
     for name, tensor in truth.items():
         assert torch.equal(found[name], tensor.bfloat16() if name in frozen else tensor), name
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float32"
     found = converted(folder, tmp_path, "bf16")
     assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in truth.items())
 

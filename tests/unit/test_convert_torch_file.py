@@ -209,6 +209,16 @@ def test_bombs_end_soon(tmp_path: Path) -> None:
         assert time.monotonic() - started < 2, what
 
 
+def test_names_are_shown_in_one_line() -> None:
+    from fastft.convert import pickle_data
+
+    for module in ("os.\n", "x\x1b[2J"):
+        content = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode() + b"\x8c\x01y\x93."
+        with pytest.raises(CheckpointError, match="control characters") as refused:
+            pickle_data.read(content, "x")
+        assert str(refused.value).isprintable()
+
+
 def test_too_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastft.convert import pickle_data
 

@@ -67,6 +67,8 @@ def _run(config: str, overrides: Sequence[str]) -> "Run":
     from fastft.convert import recorded
 
     path = Path(config)
+    if path.is_dir() or path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        raise UsageError(f"convert pth_to_hf: {config} is no config; CONFIG comes first, then PTH, then SAVE_PATH")
     if path.suffix == ".py" and path.is_file():
         return recorded.of_python_file(path, overrides)
     return recorded.of_config(load.load(config, overrides).config)

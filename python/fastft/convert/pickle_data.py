@@ -263,6 +263,8 @@ class _Machine:
         Raises:
             HostilePickleError: weights never need it; a file that asks for it wants something to happen.
         """
+        if not (module + name).isprintable():
+            raise CheckpointError(f"{self._where}: its pickle imports a name with control characters")
         hostile = module.partition(".")[0] in _HOSTILE_MODULES
         in_builtins = module in ("builtins", "__builtin__", "__builtins__")
         if hostile or (in_builtins and name.partition(".")[0] in _HOSTILE_BUILTINS):

@@ -178,6 +178,12 @@ def _planned(job: Job, save_format: str) -> Planned:
     names = {canonical_key(name): (name, source) for name, source in job.trained.tensors.items()}
     if len(names) != len(job.trained.tensors):
         raise CheckpointError(f"{job.pth}: two of its tensors have one name once prefixes are stripped")
+    flat = next((name for name in names if name.endswith("flat_param")), None)
+    if flat is not None:
+        raise PlanError(
+            f"{job.pth}: holds flat parameters of FSDP ({flat}), each process's own and without their shapes; save again"
+            " with StateDictType.FULL_STATE_DICT or SHARDED_STATE_DICT"
+        )
     if any(name.startswith(_VISION) for name in names):
         from fastft.convert import pth_llava
 
@@ -223,6 +229,8 @@ def _language_model(
             reward_head=head[0][1] if head else None,
         )
         return "adapter", part, base
+    if job.run.lora is not None:
+        notes.append(f"{job.run.place} says method.kind: {job.run.method}, but the checkpoint holds whole weights")
     if head:
         assert folder is not None
         return "model", reward_part(job, with_model_prefix(plain), head[0][1], base, folder), base

@@ -18,7 +18,7 @@ from fastft.convert.folder import Checkpoint, read_checkpoint
 from fastft.convert.json_file import read_object
 from fastft.convert.model_config import ConfigEdits, config_text, edited
 from fastft.convert.plan import Shard, natural_order, taken_over
-from fastft.convert.pth_parts import Job, Part, adapter_part, base_of, model_part, own_names, plain_names
+from fastft.convert.pth_parts import Job, Part, adapter_part, base_of, model_part, one_dtype, own_names, plain_names
 from fastft.convert.sidefiles import side_files
 from fastft.convert.source import CONFIG_DTYPES, Source
 from fastft.convert.trained import CONFIG_JSON, LORA
@@ -141,7 +141,7 @@ def _vision_part(job: Job, names: Mapping[str, Source]) -> tuple[Part, Checkpoin
     assert folder is not None
     assert tower is not None
     part = model_part(job, names, tower, folder, folder="visual_encoder")
-    config = edited(vision_config(read_object(folder / CONFIG_JSON)), ConfigEdits(dtype=_one_dtype(names)))
+    config = edited(vision_config(read_object(folder / CONFIG_JSON)), ConfigEdits(dtype=one_dtype(names)))
     chosen = side_files(folder, vision_only=True)
     return replace(part, texts={CONFIG_JSON: config_text(config).encode()}, side_files=chosen), tower
 
@@ -165,12 +165,6 @@ def vision_folder(job: Job, *, needed: bool) -> Path | None:
     if Path(name).expanduser().is_dir() or needed:
         return locate.model(Model.model_validate({"name": name}))
     return None
-
-
-def _one_dtype(names: Mapping[str, Source]) -> str | None:
-    """The dtype of all floating tensors; None where they differ."""
-    found = {source.dtype for source in names.values()} & set(CONFIG_DTYPES)
-    return found.pop() if len(found) == 1 else None
 
 
 def projector_shape(names: Mapping[str, Source], pth: Path) -> ProjectorShape:
@@ -206,7 +200,7 @@ def projector_shape(names: Mapping[str, Source], pth: Path) -> ProjectorShape:
 def projector_part(job: Job, names: Mapping[str, Source]) -> Part:
     """Plan the folder of the projector."""
     shape = projector_shape(names, job.pth)
-    dtype = _one_dtype(names)
+    dtype = one_dtype(names)
     config = {
         "architectures": ["ProjectorModel"],
         "bias": shape.bias,

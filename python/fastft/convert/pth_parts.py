@@ -22,9 +22,9 @@ from fastft.convert.names import join
 from fastft.convert.plan import OutputTensor, Shard, into_shards, natural_order, taken_over
 from fastft.convert.recorded import LoraSettings, Run
 from fastft.convert.sidefiles import side_files
-from fastft.convert.source import Source, fingerprint, read_bytes
+from fastft.convert.source import CONFIG_DTYPES, Source, fingerprint, read_bytes
 from fastft.convert.tied import find_tied, is_embedding
-from fastft.convert.trained import CONFIG_JSON, LORA, Trained
+from fastft.convert.trained import CONFIG_JSON, LORA, Trained, has_weights
 from fastft.errors import CheckpointError, PlanError
 
 # Numbers that a module counts or computes for itself; some versions of transformers save them.
@@ -86,8 +86,7 @@ def base_of(folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
     Raises:
         FileError, CheckpointError, PlanError: its folder is broken, or holds quantized weights.
     """
-    has_weights = any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir())
-    if has_weights or not (folder / CONFIG_JSON).exists():
+    if has_weights(folder) or not (folder / CONFIG_JSON).exists():
         return read_checkpoint(folder), ()
     from fastft.convert.names_transformers import build_model
 
@@ -208,6 +207,7 @@ def _adapter_settings(
             f"{job.pth}: holds LoRA weights, but {job.run.place} says method.kind: {job.run.method}; give the config of"
             " the run that made it"
         )
+    _check_rank(job, names, lora)
     biases = [name for name in names if name.endswith(".bias") and not LORA.search(name)]
     saved = sorted({_leaf(name) for name in names if not LORA.search(name) and not name.endswith(".bias")})
     if task_type == "SEQ_CLS":
@@ -230,6 +230,17 @@ def _adapter_settings(
     }
     check_config(settings, job.pth)
     return settings, {ADAPTER_CONFIG: (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()}, {}
+
+
+def _check_rank(job: Job, names: Mapping[str, Source], lora: LoraSettings) -> None:
+    """Say early, and in terms of the config, that the settings are those of another run."""
+    ranks = {source.shape[0] for name, source in names.items() if ".lora_A." in name and source.shape}
+    if ranks and ranks != {lora.r}:
+        found = ", ".join(map(str, sorted(ranks)))
+        raise PlanError(
+            f"{job.pth}: its LoRA has rank {found}, but {job.run.place} says r {lora.r}; is it the config of another run?"
+            " alpha must be that of the run too"
+        )
 
 
 def read_adapter_config(folder: Path) -> Mapping[str, Any]:
@@ -277,7 +288,7 @@ def model_part(
     else:
         assert base_folder is not None
         model_config, chosen, texts = _base_parts(job.pth, names, base, base_folder)
-    edits = ConfigEdits(dtype=job.dtype)
+    edits = ConfigEdits(dtype=job.dtype or one_dtype(names))
     texts[CONFIG_JSON] = config_text(edited(model_config, edits)).encode()
     tensors = _tensors(names, model_config, job.dtype)
     shards = into_shards(tensors, job.max_shard_size_bytes)
@@ -297,7 +308,8 @@ def reward_part(
         shapes = {name: source for name, source in base.tensors.items() if not name.startswith(("lm_head.", "output."))}
         names, _ = _without_counters(names, shapes)
         _check_names(job.pth, names, {n: s.shape for n, s in shapes.items()}, base, {"tie_word_embeddings": False})
-    texts = {CONFIG_JSON: config_text(edited(config, ConfigEdits(dtype=job.dtype))).encode()}
+    edits = ConfigEdits(dtype=job.dtype or one_dtype({**names, _SCORE: head}))
+    texts = {CONFIG_JSON: config_text(edited(config, edits)).encode()}
     tensors = _tensors({**names, _SCORE: head}, config, job.dtype)
     shards = into_shards(tensors, job.max_shard_size_bytes)
     note = f"a reward model: its head is written as {_SCORE}, and the class is {config['architectures'][0]}"
@@ -321,6 +333,12 @@ def sequence_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         )
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     return {**kept, "architectures": [name], "num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+
+def one_dtype(names: Mapping[str, Source]) -> str | None:
+    """The dtype of all floating tensors; None where they differ."""
+    found = {source.dtype for source in names.values()} & set(CONFIG_DTYPES)
+    return found.pop() if len(found) == 1 else None
 
 
 def with_model_prefix(names: Mapping[str, Source]) -> dict[str, Source]:

@@ -226,8 +226,11 @@ def _opened(path: Path) -> BinaryIO:
 
 def _read_zip(path: Path, file: BinaryIO, start: int, size: int) -> TorchFile:
     """Read the directory of the zip and its pickle."""
-    with zipfile.ZipFile(file) as archive:
-        infos = archive.infolist()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+    except (ValueError, OverflowError, LookupError, MemoryError) as error:
+        raise CheckpointError(f"{path}: the zip is broken: {error}") from error
     if len(infos) > _MAX_ENTRIES:
         raise CheckpointError(f"{path}: {len(infos)} entries; at most {_MAX_ENTRIES} are read")
     pickles = [info.filename for info in infos if info.filename.endswith("/data.pkl")]
@@ -255,6 +258,8 @@ def _place(info: zipfile.ZipInfo, file: BinaryIO, path: Path, size: int) -> tupl
         raise CheckpointError(f"{path}: the entry {info.filename!r} is compressed; torch.save never does that")
     if info.flag_bits & 1:
         raise CheckpointError(f"{path}: the entry {info.filename!r} is encrypted")
+    if not 0 <= info.header_offset < size:
+        raise CheckpointError(f"{path}: the zip is broken: the entry {info.filename!r} lies outside of it")
     file.seek(info.header_offset)
     header = file.read(_LOCAL_HEADER.size)
     if len(header) != _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):

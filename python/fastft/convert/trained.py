@@ -85,7 +85,7 @@ def _read_file(path: Path) -> Trained:
 
 
 def _read_folder(folder: Path, *, masters: bool) -> Trained:
-    own = (folder / ADAPTER_CONFIG).exists() or _has_weights(folder)
+    own = (folder / ADAPTER_CONFIG).exists() or has_weights(folder)
     zero = deepspeed_folder.find(folder)
     if zero is not None and (zero == folder or masters or not own):
         return _read_zero(folder, zero, masters=masters)
@@ -106,7 +106,8 @@ def _read_folder(folder: Path, *, masters: bool) -> Trained:
     return _read_run(folder, masters=masters)
 
 
-def _has_weights(folder: Path) -> bool:
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder holds a model's weights as transformers names them."""
     return any((folder / name).exists() for name in _WEIGHTS)
 
 
@@ -158,7 +159,7 @@ def _read_run(folder: Path, *, masters: bool) -> Trained:
     """Read a fastft run: its result, else its newest checkpoint."""
     for name in _RESULTS:
         result = folder / name
-        if (result / ADAPTER_CONFIG).exists() or _has_weights(result):
+        if (result / ADAPTER_CONFIG).exists() or has_weights(result):
             found = _read_folder(result, masters=masters)
             return replace(found, notes=(*found.notes, f"{folder.name} is a run; its result in {name} is converted"))
     steps = sorted((int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name)))
