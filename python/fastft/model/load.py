@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastft import console
 from fastft.config import schema
@@ -132,8 +132,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
 
     quiet.hide_loading_bars()
     on = device.choose()
-    # What is true of dtypes with full is true with freeze.
-    kind = "full" if config.method.kind == "freeze" else config.method.kind
+    kind = weights_kind(config.method.kind)
     stored_4bit = quantization.of_checkpoint(base.config_json)
     if stored_4bit is not None and kind == "full":
         raise ConfigError(
@@ -145,7 +144,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     model_config = read_model_config(base, **settings)
     if config.task == "reward":
         model_config.num_labels, model_config.pad_token_id = 1, pad_id(tokenizer)
-    model_class = _model_class(config.task)
+    as_class = model_class(config.task)
     device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
     products = device.products_dtype(config.model.dtype, dtype, kind, on)
@@ -154,7 +153,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if fast.attention is not None:
         settings["attn_implementation"] = fast.attention
     if config.model.init == "random":
-        model = _draw(model_class, model_config, dtype, settings, config.train.seed)
+        model = _draw(as_class, model_config, dtype, settings, config.train.seed)
     else:
         if kind == "qlora" and stored_4bit is None:
             assert config.method.quantization is not None
@@ -164,7 +163,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         # A model that is shared out afterwards need not fit on the device; a 4-bit one is packed there.
         waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
         places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on))
-        model = _read(model_class, base, model_config, dtype, settings=settings, places=places)
+        model = _read(as_class, base, model_config, dtype, settings=settings, places=places)
     _check_vocabulary(model, tokenizer, base)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
@@ -219,22 +218,27 @@ def checkpoint_dtype(base: Base) -> Any:
     return torch.float32
 
 
-def _model_class(task: schema.Task) -> Any:
+def weights_kind(kind: str) -> Literal["full", "lora", "qlora"]:
+    """The method whose rules of dtypes hold: what is true with full is true with freeze."""
+    return "lora" if kind == "lora" else "qlora" if kind == "qlora" else "full"
+
+
+def model_class(task: schema.Task) -> Any:
     """What transformers makes of a base: a model with a head for words, or for one number (task reward)."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
 
 
-def _draw(model_class: Any, model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
+def _draw(as_class: Any, model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
     from transformers import set_seed
 
     set_seed(seed)
-    return model_class.from_config(model_config, dtype=dtype, **settings)
+    return as_class.from_config(model_config, dtype=dtype, **settings)
 
 
 def _read(
-    model_class: Any,
+    as_class: Any,
     base: Base,
     model_config: Any,
     dtype: Any,
@@ -246,10 +250,10 @@ def _read(
     several = len(places) > 1
     if several:
         quantization.allow_parts_in_ram(settings.get("quantization_config"), model_config)
-    is_classifier = "SequenceClassification" in model_class.__name__
+    is_classifier = "SequenceClassification" in as_class.__name__
     with placement.without_offload_hooks() if several else nullcontext():
         return whole.read(
-            model_class,
+            as_class,
             base.weights_folder,
             drawn=("score.weight",) if is_classifier else (),
             dropped=("lm_head.weight",) if is_classifier else (),
