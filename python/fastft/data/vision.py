@@ -1,0 +1,224 @@
+"""What a vision-language model makes of images: its own processor, asked for tokens while preparing and for pixels in a step.
+
+The processor is the truth: what it hands to its tokenizer in place of an image is what stands in the rendered text here,
+so ids equal `processor.apply_chat_template(messages, tokenize=True)`. How many tokens an image takes depends on its size
+alone; the processor is asked once for each size, with an empty picture.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastft.config import schema
+from fastft.data import images
+from fastft.data.dialogue import ImageRef, PlacedImage
+from fastft.data.formats import BadRowError
+from fastft.data.images import BadImageError
+from fastft.data.samples import NOT_LEARNED, Sample
+from fastft.data.template import ShownImage, Span
+
+if TYPE_CHECKING:
+    import torch
+
+# What processors give for texts; the rest are pixels and what the model needs to know about them.
+TEXT_KEYS = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
+)
+TYPE_KEYS = ("mm_token_type_ids", "token_type_ids")
+# Of the picture with which the processor is tried.
+TRIED_SIZE = (64, 64)
+
+
+class Seer:
+    """A processor, ready for a data set.
+
+    Args:
+        processor: of transformers, with tokenizer and image processor.
+        image_token_id: the id that the model replaces by the features of an image.
+        vision: the config's section.
+
+    Attributes:
+        packs: whether several samples may share a row.
+    """
+
+    packs = False
+
+    def __init__(self, processor: Any, image_token_id: int, vision: schema.Vision) -> None:
+        self.processor = processor
+        self.image_token_id = image_token_id
+        self.skips_bad_images = vision.on_bad_image == "skip"
+        self.max_image_pixels = vision.max_image_pixels
+        # What the chat template writes for an image.
+        self.mark: str = getattr(processor, "boi_token", None) or processor.image_token
+        token = str(processor.tokenizer.convert_ids_to_tokens(image_token_id))
+        video = getattr(processor, "video_token", None)
+        # What no text may hold: the model would look for an image there.
+        self._forbidden = tuple(text for text in (token, video) if text and text != self.mark)
+        self._replacements: dict[tuple[int, int], str] = {}
+        self._sizes: dict[str, tuple[int, int] | BadImageError] = {}
+        _, tried = self._asked([_empty(TRIED_SIZE)])
+        # Models that treat the tokens of images in another way (Qwen-VL, Gemma 3) are told which these are.
+        self.type_key = next((key for key in TYPE_KEYS if key in tried), None)
+        self._typed: frozenset[int] = frozenset()
+        if self.type_key is not None:
+            pairs = zip(tried["input_ids"][0], tried[self.type_key][0], strict=True)
+            self._typed = frozenset(int(token) for token, kind in pairs if int(kind))
+
+    def expanded(
+        self, text: str, spans: Sequence[Span], refs: Sequence[ImageRef]
+    ) -> tuple[str, list[Span], list[ShownImage]]:
+        """A rendered dialogue with as many marks for each image as it has tokens.
+
+        Args:
+            text: with one mark for each image.
+            spans: the learned stretches in characters, sorted and disjoint; none reaches into a mark.
+            refs: the images in the order of their marks.
+
+        Returns:
+            text, spans and, for each image, where it stands.
+
+        Raises:
+            BadImageError: an image cannot be used.
+            BadRowError: the text itself holds a mark of the model's.
+        """
+        pieces = text.split(self.mark)
+        if len(pieces) - 1 != len(refs):
+            found = f"{len(pieces) - 1} times for {len(refs)} images"
+            raise BadRowError(f"the rendered dialogue holds the model's image mark {self.mark} {found}")
+        for forbidden in self._forbidden:
+            if forbidden in text:
+                raise BadRowError(f"the text holds {forbidden}, which the model reads as an image or a film")
+        sizes = [self.size(ref) for ref in refs]
+        shown: list[ShownImage] = []
+        written, place = [pieces[0]], len(pieces[0])
+        # Characters of the text up to each image's mark, and by how many more what follows it is shifted.
+        shifts: list[tuple[int, int]] = []
+        before = len(pieces[0])
+        for ref, size, piece in zip(refs, sizes, pieces[1:], strict=True):
+            replacement = self.replacement(size, ref)
+            shown.append(((place, place + len(replacement)), ref, size))
+            written += [replacement, piece]
+            place += len(replacement) + len(piece)
+            shifts.append((before, len(replacement) - len(self.mark)))
+            before += len(self.mark) + len(piece)
+
+        def moved(character: int) -> int:
+            return character + sum(more for start, more in shifts if start < character)
+
+        return "".join(written), [(moved(start), moved(end)) for start, end in spans], shown
+
+    def size(self, ref: ImageRef) -> tuple[int, int]:
+        """Width and height of an image, which is decoded to see that it can be; each file once.
+
+        Raises:
+            BadImageError: it cannot be used.
+        """
+        if ref.path is None:
+            return images.examine(ref, self.max_image_pixels)
+        known = self._sizes.get(ref.path)
+        if known is None:
+            try:
+                known = images.examine(ref, self.max_image_pixels)
+            except BadImageError as error:
+                known = error
+            self._sizes[ref.path] = known
+        if isinstance(known, BadImageError):
+            raise BadImageError(str(known))
+        return known
+
+    def replacement(self, size: tuple[int, int], ref: ImageRef) -> str:
+        """What the processor writes in place of an image of this width and height.
+
+        Raises:
+            BadImageError: the processor takes no image of this shape.
+        """
+        if size not in self._replacements:
+            try:
+                text, _ = self._asked([_empty(size)])
+            except ValueError as error:
+                width, height = size
+                raise BadImageError(
+                    f"image {images.shown(ref.name)}: {width} x {height} pixels cannot be processed ({error})"
+                ) from error
+            self._replacements[size] = text
+        return self._replacements[size]
+
+    def types(self, ids: Sequence[int]) -> list[int]:
+        """1 for each token that belongs to an image, 0 for others."""
+        return [int(token in self._typed) for token in ids]
+
+    def pixels(self, refs: Sequence[ImageRef]) -> "dict[str, torch.Tensor]":
+        """What the model gets of images besides their tokens: pixel_values and, by model, grids or sizes.
+
+        Raises:
+            BadImageError: a file has changed since it was looked at.
+        """
+        if not refs:
+            return {}
+        pictures = [images.read(ref, self.max_image_pixels) for ref in refs]
+        _, made = self._asked(pictures, return_tensors="pt")
+        return {key: value for key, value in made.items() if key not in TEXT_KEYS}
+
+    def _asked(self, pictures: Sequence[Any], **settings: Any) -> tuple[str, Mapping[str, Any]]:
+        """The processor's answer for pictures, and the text that it made of their marks."""
+        listener = _Listener(self.processor.tokenizer)
+        self.processor.tokenizer = listener
+        try:
+            made = self.processor(text=[self.mark * len(pictures)], images=list(pictures), **settings)
+        finally:
+            self.processor.tokenizer = listener.tokenizer
+        return listener.heard, made
+
+
+class _Listener:
+    """A tokenizer that remembers the text it was given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.heard = ""
+
+    def __call__(self, text: Any, *args: Any, **settings: Any) -> Any:
+        self.heard = text if isinstance(text, str) else text[0]
+        return self.tokenizer(text, *args, **settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+class VisionCollator:
+    """Joins samples with images into a batch; shorter rows are filled up at the right and masked.
+
+    No positions are given: a model that sees counts its own, of which images take two dimensions (Qwen-VL).
+
+    Args:
+        seer: makes the pixels.
+        pad_token_id: fills up shorter rows.
+    """
+
+    def __init__(self, seer: Seer, pad_token_id: int) -> None:
+        self.seer = seer
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: Sequence[Sample]) -> "dict[str, torch.Tensor]":
+        """input_ids, labels, attention_mask and the model's type ids, int64 [B, T]; pixels if there are images."""
+        import torch
+
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        empty = [longest - len(sample["input_ids"]) for sample in samples]
+        placed: list[PlacedImage] = [image for sample in samples for image in sample.get("images", ())]
+        rows = {
+            "input_ids": [s["input_ids"] + [self.pad_token_id] * n for s, n in zip(samples, empty, strict=True)],
+            "labels": [s["labels"] + [NOT_LEARNED] * n for s, n in zip(samples, empty, strict=True)],
+            "attention_mask": [[1] * (longest - n) + [0] * n for n in empty],
+        }
+        if self.seer.type_key is not None:
+            rows[self.seer.type_key] = [
+                self.seer.types(s["input_ids"]) + [0] * n for s, n in zip(samples, empty, strict=True)
+            ]
+        batch = {key: torch.tensor(row, dtype=torch.int64) for key, row in rows.items()}
+        return batch | self.seer.pixels([image.ref for image in placed])
+
+
+def _empty(size: tuple[int, int]) -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", size)
