@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 import tiny_vision as tiny
 from fastft.training import run
 

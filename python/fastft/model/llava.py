@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft import console
+from fastft.config import schema
 from fastft.convert import clip, llava
 from fastft.convert.json_file import read_object
 from fastft.errors import CheckpointError, ConfigError, PlanError
-from fastft.model import quiet
+from fastft.model import quiet, tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,65 @@ PROJECTOR_ACTIVATION = "gelu"
 _NOT_OF_THE_TOWER = (r"text_model\.", "logit_scale", r"(text|visual)_projection\.", "position_ids")
 
 
+def locate_tower(config: schema.Config) -> Path:
+    """Find the folder of `vision.tower`.
+
+    Raises:
+        HubError: it is neither a folder nor on the hub.
+        ConfigError: it is no CLIP.
+    """
+    from fastft.hub import locate
+
+    assert config.vision is not None
+    assert config.vision.tower is not None
+    folder = Path(locate.model(schema.Model(name=config.vision.tower, hub=config.model.hub)))
+    tower_config(folder)
+    return folder
+
+
+def read_processor(config: schema.Config, folder: Path) -> Any:
+    """Read LLaVA's processor for a run; images are filled up to a square unless the projector alone is trained.
+
+    Args:
+        config: of the run.
+        folder: of the language model.
+
+    Raises:
+        CheckpointError: the tokenizer, or the tower's image processor, cannot be read.
+    """
+    assert config.vision is not None
+    words = tokenizer.load_tokenizer(folder, config.model)
+    return processor(words, locate_tower(config), to_square=config.vision.learn.llm != "frozen")
+
+
+def read(config: schema.Config, llm: Any, words: Any) -> Any:
+    """Read tower and projector of a run, and put them together with its language model.
+
+    Args:
+        config: of the run.
+        llm: an AutoModelForCausalLM as the method wants it.
+        words: the tokenizer.
+
+    Raises:
+        ConfigError, CheckpointError: what does not fit or cannot be read.
+    """
+    vision = config.vision
+    assert vision is not None
+    tower = read_tower(locate_tower(config), llm.get_input_embeddings().weight.dtype)
+    projector = None if vision.projector is None else Path(vision.projector).expanduser()
+    if projector is not None and not (projector / "config.json").is_file() and llava.is_result(projector):
+        projector = projector / llava.PROJECTOR
+    model = put_together(llm, tower, words, projector=projector, select_layer=vision.select_layer)
+    on = llm.get_input_embeddings().weight.device
+    model.model.vision_tower.to(on)
+    model.model.multi_modal_projector.to(on)
+    if projector is None:
+        console.note("model: a LLaVA of both; its projector is new")
+    else:
+        console.note(f"model: a LLaVA of both; its projector is that of {projector}")
+    return model
+
+
 def tower_config(folder: Path) -> dict[str, Any]:
     """config.json of the vision tower in a folder of a CLIP, whole or the tower alone.
 
@@ -61,14 +121,12 @@ def tower_config(folder: Path) -> dict[str, Any]:
     return {**whole, **found}
 
 
-def with_image_token(tokenizer: Any) -> int:
+def with_image_token(words: Any) -> int:
     """Give a tokenizer a token for images, where it has none; returns the token's id."""
-    found = tokenizer.convert_tokens_to_ids(llava.IMAGE_TOKEN)
-    if found is None or found == tokenizer.unk_token_id or llava.IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [llava.IMAGE_TOKEN]}, replace_extra_special_tokens=False
-        )
-        found = tokenizer.convert_tokens_to_ids(llava.IMAGE_TOKEN)
+    found = words.convert_tokens_to_ids(llava.IMAGE_TOKEN)
+    if found is None or found == words.unk_token_id or llava.IMAGE_TOKEN not in words.get_vocab():
+        words.add_special_tokens({"additional_special_tokens": [llava.IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+        found = words.convert_tokens_to_ids(llava.IMAGE_TOKEN)
     return int(found)
 
 
@@ -77,11 +135,11 @@ def with_images_first(template: str) -> str:
     return template if template.startswith(IMAGES_FIRST) else IMAGES_FIRST + template
 
 
-def processor(tokenizer: Any, tower: Path, *, to_square: bool = True) -> Any:
+def processor(words: Any, tower: Path, *, to_square: bool = True) -> Any:
     """LLaVA's processor: the language model's tokenizer and chat template, the tower's image processor.
 
     Args:
-        tokenizer: gets `<image>`, and a template that takes images, in place.
+        words: gets `<image>`, and a template that takes images, in place.
         tower: folder of the CLIP, with preprocessor_config.json.
         to_square: fill an image up to a square with the mean colour, so that nothing is cut off; XTuner does it in the second
             stage and in chat.
@@ -91,9 +149,9 @@ def processor(tokenizer: Any, tower: Path, *, to_square: bool = True) -> Any:
     """
     from transformers import AutoImageProcessor, LlavaProcessor
 
-    with_image_token(tokenizer)
-    if tokenizer.chat_template:
-        tokenizer.chat_template = with_images_first(tokenizer.chat_template)
+    with_image_token(words)
+    if words.chat_template:
+        words.chat_template = with_images_first(words.chat_template)
     try:
         plain = AutoImageProcessor.from_pretrained(tower)
     except (OSError, ValueError, KeyError) as cause:
@@ -104,10 +162,10 @@ def processor(tokenizer: Any, tower: Path, *, to_square: bool = True) -> Any:
     config = tower_config(tower)
     return LlavaProcessor(
         image_processor=_padding(plain) if to_square else plain,
-        tokenizer=tokenizer,
+        tokenizer=words,
         patch_size=config["patch_size"],
         vision_feature_select_strategy="default",
-        chat_template=tokenizer.chat_template,
+        chat_template=words.chat_template,
         image_token=llava.IMAGE_TOKEN,
         num_additional_image_tokens=1,
     )
@@ -128,7 +186,7 @@ def _padding(plain: Any) -> Any:
 def put_together(
     llm: Any,
     tower: Any,
-    tokenizer: Any,
+    words: Any,
     *,
     projector: Path | None,
     select_layer: int,
@@ -138,7 +196,7 @@ def put_together(
     Args:
         llm: an AutoModelForCausalLM, plain or in 4 bit; it is taken apart.
         tower: a CLIPVisionModel.
-        tokenizer: the language model's, with `<image>`.
+        words: the language model's, with `<image>`.
         projector: folder of a trained one; None: a new one is drawn.
         select_layer: the layer of the tower whose features are taken.
 
@@ -153,8 +211,8 @@ def put_together(
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     _require_plain_head(llm)
-    image_token_id = with_image_token(tokenizer)
-    _grow(llm, image_token_id, len(tokenizer))
+    image_token_id = with_image_token(words)
+    _grow(llm, image_token_id, len(words))
     text, seeing = llm.config, tower.config
     if projector is None:
         settings = llava.projector_config(seeing.hidden_size, text.hidden_size, PROJECTOR_ACTIVATION, bias=True)
@@ -183,6 +241,7 @@ def put_together(
     model.model.vision_tower = tower
     model.lm_head = llm.lm_head
     model.model.multi_modal_projector = _projector(config, projector)
+    model.model.multi_modal_projector.register_forward_pre_hook(_as_float)
     model.generation_config = llm.generation_config
     for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
         if hasattr(llm, name):
@@ -262,6 +321,11 @@ def _grow(llm: Any, image_token_id: int, num_tokens: int) -> None:
             id(module.weight): module.weight for module in (llm.get_input_embeddings(), llm.lm_head)
         }.values():
             table[before:] = table[:before].double().mean(dim=0).to(table.dtype)
+
+
+def _as_float(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The projector is fp32 whatever the tower is; LLaVA turns what comes out into the language model's dtype."""
+    return tuple(features.float() for features in inputs)
 
 
 def _projector(config: Any, folder: Path | None) -> Any:

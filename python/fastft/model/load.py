@@ -14,7 +14,19 @@ from typing import Any
 from fastft import console
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
-from fastft.model import adapter, device, freeze, lora_start, memory, placement, quantization, quiet, speed, vision
+from fastft.model import (
+    adapter,
+    device,
+    freeze,
+    llava,
+    lora_start,
+    memory,
+    placement,
+    quantization,
+    quiet,
+    speed,
+    vision,
+)
 from fastft.model.quantization import Quantized
 from fastft.model.tokenizer import load_tokenizer, pad_id
 
@@ -145,7 +157,9 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     model_config = read_model_config(base, **settings)
     if config.task == "reward":
         model_config.num_labels, model_config.pad_token_id = 1, pad_id(tokenizer)
-    model_class = vision.model_class() if config.vision is not None else _model_class(config.task)
+    in_parts = config.vision is not None and config.vision.tower is not None
+    whole = config.vision is not None and not in_parts
+    model_class = vision.model_class() if whole else _model_class(config.task)
     device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
     products = device.products_dtype(config.model.dtype, dtype, kind, on)
@@ -158,7 +172,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     else:
         if kind == "qlora" and stored_4bit is None:
             assert config.method.quantization is not None
-            skip = vision.unquantized(model_config) if config.vision is not None else None
+            skip = vision.unquantized(model_config) if whole else None
             settings["quantization_config"] = quantization.settings(config.method.quantization, on, skip)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
@@ -166,11 +180,13 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
         places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on), model_class)
         model = _read(model_class, base, model_config, dtype, settings=settings, places=places)
-    _check_vocabulary(model, tokenizer, base)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
         quantization.disable_cpu_repacking(model)
         quantized = quantization.describe(model)
+    if in_parts:
+        model = llava.read(config, model, tokenizer)
+    _check_vocabulary(model, tokenizer, base)
     speed.install(model, fast)
     if config.method.lora is not None:
         learn = None if config.vision is None else config.vision.learn

@@ -150,7 +150,8 @@ def lora_settings(model: Any, lora: schema.Lora, learn: schema.Learn) -> dict[st
         patterns += tower
         settings["rank_pattern"] = dict.fromkeys(tower, learn.tower_lora.r)
         settings["alpha_pattern"] = dict.fromkeys(tower, learn.tower_lora.alpha)
-    settings["target_modules"] = "|".join(patterns)
+    # Peft wants adapters somewhere; by this name it knows that what is trained whole is all.
+    settings["target_modules"] = "|".join(patterns) or "dummy-target-modules"
     settings["modules_to_save"] = whole or None
     return settings
 

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastft.config import schema
-from fastft.errors import ConfigError
+from fastft.model import llava, processor, tokenizer, vision
 from fastft.model import load as model_load
-from fastft.model import processor, tokenizer, vision
 
 if TYPE_CHECKING:
     from fastft.data.vision import Seer
@@ -48,7 +47,8 @@ def _seeing(config: schema.Config, base: model_load.Base, settings: schema.Visio
     from fastft.data.vision import Seer
 
     if settings.tower is not None:
-        raise ConfigError("vision.tower: a LLaVA made of parts is not built yet; use a vision-language model")
+        made = llava.read_processor(config, base.weights_folder)
+        return Words(made.tokenizer, made, Seer(made, made.image_token_id, settings))
     made = processor.load(base.weights_folder, settings)
     if not getattr(made.tokenizer, "chat_template", None):
         made.tokenizer = tokenizer.with_template(made.tokenizer, config.model)
