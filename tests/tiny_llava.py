@@ -9,7 +9,7 @@ from fastft.hub.locate import DEMO_MODEL
 # What the language models are: two layers, and the demo's tokenizer of 1,280 tokens.
 TEXT = {
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 import tiny_llava
+from fastft.__main__ import main
 from fastft.config.schema import Config
 from fastft.convert import llava as convert
-from fastft.convert.adapter import read_adapter
-from fastft.convert.folder import read_checkpoint
-from fastft.training import run
+from fastft.convert import llava_result as results
+from fastft.training import llava_result, run
 
 torch = pytest.importorskip("torch")
 
@@ -76,9 +76,34 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def seen(model: Any, artifact: Path) -> Any:
+    """What a model answers to a question with an image, asked through the processor of the result."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(artifact)
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    text = processor.apply_chat_template(asked, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[tiny_llava.picture("blue")], return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**inputs).logits.float()
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_each_stage_learns_and_leaves_its_parts(parts: tuple[Path, Path, Path], tmp_path: Path, case: str) -> None:
+def test_each_stage_learns_and_one_folder_is_made_of_it(
+    parts: tuple[Path, Path, Path], tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merged folder answers as the model did when its training ended."""
+    from transformers import LlavaForConditionalGeneration
+
     kind, learn = CASES[case]
+    trained: list[Any] = []
+    write = llava_result.write
+
+    def remember(config: Any, loaded: Any, *rest: Any) -> None:
+        trained.append(loaded.model)
+        write(config, loaded, *rest)
+
+    monkeypatch.setattr(llava_result, "write", remember)
     done = run.run(config(parts, kind, learn), work_dir=tmp_path / "run")
     found = losses(tmp_path / "run")
     assert found[-1] < found[0]
@@ -97,10 +122,80 @@ def test_each_stage_learns_and_leaves_its_parts(parts: tuple[Path, Path, Path], 
     assert names - {"tokenizer_config.json"} == wanted
     assert convert.read_projector(done.artifact / "projector").config["llm_hidden_size"] == 64
 
+    llm, merged = str(parts[0]), tmp_path / "merged"
+    assert main(["convert", "merge", llm, str(done.artifact), str(merged)]) == 0
+    assert main(["convert", "verify", str(merged), "--base", llm, "--adapter", str(done.artifact)]) == 0
+    if case == "stage 1, on 4 bit":
+        # The language model was not trained: its own weights are taken, not what 4 bit made of them.
+        check_same_weights(parts[0], merged)
+        return
+    expected = seen(trained[0], done.artifact)
+    got = seen(LlavaForConditionalGeneration.from_pretrained(merged), done.artifact)
+    # Sums of up to 128 products in f32, in another order, in ten layers one after the other.
+    assert float((got - expected).abs().max()) < 10 * 128 * 2**-24 * float(expected.abs().max())
+    untrained = results.find(parts[0], done.artifact, None)
+    assert untrained.select_layer == -2
 
-def test_frozen_parts_stay_as_they_are(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """Stage 1 in 16-bit weights and full: what is written is the projector, and a second run from it starts lower."""
+
+def check_same_weights(llm: Path, merged: Path) -> None:
+    from safetensors.torch import load_file
+
+    got = load_file(merged / "model.safetensors")
+    for name, weight in load_file(llm / "model.safetensors").items():
+        assert torch.equal(got[f"language_model.{name}"][: weight.shape[0]], weight), name
+
+
+def test_the_parts_are_those_that_were_trained(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """PEFT puts each adapter onto its own part; their ranks are those of the config."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, CLIPVisionModel
+
+    done = run.run(config(parts, *CASES["lora and tower"]), work_dir=tmp_path / "run")
+    for kind, base, name, rank in (
+        (AutoModelForCausalLM, parts[0], "llm_adapter", 8),
+        (CLIPVisionModel, parts[1], "visual_encoder_adapter", 4),
+    ):
+        model = PeftModel.from_pretrained(kind.from_pretrained(base), done.artifact / name)
+        factors = {key: value for key, value in model.named_parameters() if ".lora_B." in key}
+        assert factors
+        # The features are those of the last layer but one, so what is behind it learns nothing.
+        moved = {key for key, value in factors.items() if value.abs().sum() > 0}
+        assert moved == {key for key in factors if "encoder.layers.2." not in key}, name
+        assert all(value.shape[1] == rank for value in factors.values())
+        settings = json.loads((done.artifact / name / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == str(base)
+        assert settings["lora_alpha"] == {8: 16, 4: 4}[rank]
+    tower = tmp_path / "tower"
+    adapter = str(done.artifact / "visual_encoder_adapter")
+    assert main(["convert", "merge", str(parts[1]), adapter, str(tower), "--is-clip"]) == 0
+    assert type(CLIPVisionModel.from_pretrained(tower)).__name__ == "CLIPVisionModel"
+    llm = tmp_path / "llm"
+    assert main(["convert", "merge", str(parts[0]), str(done.artifact / "llm_adapter"), str(llm)]) == 0
+
+
+def test_the_second_stage_goes_on_from_the_first(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     first = run.run(config(parts, "lora", STAGE_1), work_dir=tmp_path / "first")
-    second_config = config(parts, "lora", STAGE_1, projector=str(first.artifact / "projector"))
-    run.run(second_config, work_dir=tmp_path / "second")
-    assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0]
+    for number, place in enumerate((first.artifact / "projector", first.artifact)):
+        later = config(parts, "qlora", TOWER_LORA, projector=str(place))
+        run.run(later, work_dir=tmp_path / f"second {number}")
+        assert losses(tmp_path / f"second {number}")[0] < losses(tmp_path / "first")[0]
+
+
+@pytest.mark.parametrize("case", ["stage 1, on 4 bit", "lora and tower", "full"])
+def test_a_resumed_run_is_the_straight_one(parts: tuple[Path, Path, Path], tmp_path: Path, case: str) -> None:
+    import shutil
+
+    from safetensors.torch import load_file
+
+    wanted = config(parts, *CASES[case])
+    straight = run.run(wanted, work_dir=tmp_path / "straight").artifact
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "llava")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-6")
+    resumed = run.run(wanted, work_dir=tmp_path / "resumed", resume="auto").artifact
+    files = sorted(path.relative_to(straight) for path in straight.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        one, other = load_file(straight / file), load_file(resumed / file)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), file

@@ -194,6 +194,8 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         lora_start.start(model, config.method.lora, base.weights_folder)
     elif config.vision is not None:
         vision.freeze(model, config.vision.learn)
+    if config.vision is not None:
+        vision.freeze_unused(model)
     if config.method.trained_layers is not None:
         freeze.freeze(model, config.method.trained_layers)
     switches = memory.choose(config, memory.facts_of(model, on), on)
