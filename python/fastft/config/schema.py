@@ -453,6 +453,7 @@ class Samples(Section):
     """Prompts answered before, during and after the training, to see what it learns."""
 
     prompts: tuple[Name, ...] = Field((), description="what is asked (task sft) or continued (task pretrain)")
+    images: tuple[Name, ...] = Field((), description="image files that are shown with each prompt, for models that see")
     system: str | None = Field(None, description="system message of the prompts")
     max_new_tokens: Positive = Field(100, description="longest answer")
 
@@ -569,6 +570,8 @@ class Config(Section):
                     raise ValueError(
                         f"source {number + 1} has `images`, which are for vision-language models; set vision"
                     )
+            if self.samples.images:
+                raise ValueError("samples.images are for vision-language models; set vision")
             return self
         if self.task not in {"sft", "pretrain"}:
             raise ValueError(f"`vision` is for task: sft or pretrain, not {self.task}")

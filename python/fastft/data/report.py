@@ -73,6 +73,14 @@ class SourceReport:
             self.image_tokens += image.length
             self.image_sizes["{} x {}".format(*image.size)] += 1
 
+    def images_line(self) -> str:
+        """How many images there are, how large, and how many tokens they take."""
+        sizes = sorted(self.image_sizes, key=_area)
+        spread = sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        mean = self.image_tokens / self.images
+        each = f"{mean:,.0f} each" if len(sizes) == 1 else f"{mean:,.0f} each on average"
+        return f"images: {self.images:,} ({spread} pixels), tokens: {self.image_tokens:,}, {each}"
+
     def as_json(self) -> dict[str, Any]:
         """All fields in types that JSON has."""
         # asdict makes a Counter of the pairs of a Counter; and JSON turns numbers that are keys into text.
@@ -141,6 +149,11 @@ class PartReport:
         return sum(source.truncated_tokens for source in self.sources)
 
     @property
+    def images_lost(self) -> int:
+        """Images that max_length leaves out."""
+        return sum(source.images_lost for source in self.sources)
+
+    @property
     def split(self) -> int:
         """Texts longer than max_length, cut into pieces."""
         return sum(source.split for source in self.sources)
@@ -206,6 +219,11 @@ class DataReport:
         return lines
 
 
+def _area(size: str) -> int:
+    width, height = size.split(" x ")
+    return int(width) * int(height)
+
+
 def _part_lines(title: str, part: PartReport, report: DataReport) -> list[str]:
     lines = [f"{title}: {part.documents:,} {report.unit}"]
     for source in part.sources:
@@ -220,6 +238,8 @@ def _part_lines(title: str, part: PartReport, report: DataReport) -> list[str]:
             lines += wrapped(f"    rows left out: {count:,}, {reason} (first: {source.examples[reason]})")
         if source.weight != 1.0:
             lines += wrapped(f"    weight {source.weight:g}: {source.used:,} from {source.samples:,} {report.unit}")
+        if source.images:
+            lines += wrapped(f"    {source.images_line()}")
         for note in source.notes:
             lines += wrapped(f"    {note}")
     share = part.learned_tokens / max(part.tokens, 1)
@@ -229,6 +249,11 @@ def _part_lines(title: str, part: PartReport, report: DataReport) -> list[str]:
     limit = f"max_length ({report.max_length:,} tokens)"
     if part.truncated:
         lines += wrapped(f"  samples cut off at {limit}: {part.truncated:,}, tokens lost: {part.truncated_tokens:,}")
+    if part.images_lost:
+        lines += wrapped(
+            f"  images left out with what follows them, not whole within {limit}: {part.images_lost:,} (first: "
+            f"{part.first('images_lost')})"
+        )
     if part.split:
         lines += wrapped(f"  texts split at {limit}: {part.split:,}")
     if part.not_learned:

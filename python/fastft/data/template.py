@@ -165,9 +165,15 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids after which the model answers: the turns so far and the opening of the assistant's."""
-        text = self.render([_as_mapping(message) for message in messages], tools, generation=True)
-        backend = self._backend()
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        return self.ids(self.opened(messages, tools))
+
+    def opened(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text after which the model answers."""
+        return self.render([_as_mapping(message) for message in messages], tools, generation=True)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a rendered text."""
+        return list(self._backend().encode(text, add_special_tokens=False).ids)
 
     def encode_batch(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]], fast: ByteLevel | None = None

@@ -90,9 +90,20 @@ def _train_in_fp32(adapted: Any) -> None:
     """Make whole trained modules fp32 like the adapters; what goes in and comes out keeps the base's dtype."""
     import torch
     from peft.utils import ModulesToSaveWrapper
+    from transformers.utils import ModelOutput
 
-    def enter(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        """Floating tensors in another dtype; a vision tower gives and takes tuples and mappings of them."""
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, ModelOutput):
+            return type(value)(**{name: cast(part, dtype) for name, part in value.items()})
+        if type(value) in {tuple, list}:
+            return type(value)(cast(part, dtype) for part in value)
+        return value
+
+    def enter(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return cast(inputs, torch.float32), {name: cast(value, torch.float32) for name, value in named.items()}
 
     for wrapper in adapted.modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
@@ -103,10 +114,10 @@ def _train_in_fp32(adapted: Any) -> None:
                 continue
 
             def leave(_module: Any, _inputs: Any, output: Any, dtype: torch.dtype = dtype) -> Any:
-                return output.to(dtype) if isinstance(output, torch.Tensor) else output
+                return cast(output, dtype)
 
             module.float()
-            module.register_forward_pre_hook(enter)
+            module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave)
 
 

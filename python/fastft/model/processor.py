@@ -5,6 +5,7 @@ part alone; without it they are put together without that part, since fastft lea
 """
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ FILES = (
 )
 
 
-def load(folder: Path, vision: schema.Vision | None = None) -> Any:
+def load(folder: Path, vision: schema.Vision | None = None, *, model_type: str) -> Any:
     """Read the processor in `folder`.
 
     Args:
         folder: of a model, or of an adapter that has the files.
         vision: for its bounds on pixels.
+        model_type: of the base's config.json.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
@@ -35,7 +37,7 @@ def load(folder: Path, vision: schema.Vision | None = None) -> Any:
     from transformers import AutoProcessor
 
     try:
-        kind = _class_of(folder)
+        kind = _class_of(folder, model_type)
         processor = (kind or AutoProcessor).from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as cause:
         first = (str(cause) or type(cause).__name__).strip().splitlines()[0]
@@ -54,26 +56,23 @@ def load(folder: Path, vision: schema.Vision | None = None) -> Any:
     return processor
 
 
-def _class_of(folder: Path) -> Any:
-    """The processor's class without its part for films, where torchvision is missing; None: AutoProcessor knows."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return None
-    import json
+def _class_of(folder: Path, model_type: str) -> Any:
+    """The processor's class, which an adapter's files need not name; None: AutoProcessor finds it.
 
+    Without torchvision it is the class without its part for films.
+    """
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     named = None
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = folder / name
-        if path.is_file():
-            named = named or json.loads(path.read_text(encoding="utf-8")).get("processor_class")
-    config = folder / "config.json"
-    if named is None and config.is_file():
-        named = PROCESSOR_MAPPING_NAMES.get(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
+        if named is None and path.is_file():
+            named = json.loads(path.read_text(encoding="utf-8")).get("processor_class")
+    named = named or PROCESSOR_MAPPING_NAMES.get(model_type)
     kind = getattr(transformers, named, None) if isinstance(named, str) else None
-    if kind is None or "video_processor" not in kind.get_attributes():
-        return None
+    if kind is None or "video_processor" not in kind.get_attributes() or importlib.util.find_spec("torchvision"):
+        return kind
     return without_films(kind)
 
 

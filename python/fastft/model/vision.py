@@ -105,13 +105,27 @@ def parts(model: Any) -> Parts:
     towers = [name for name in TOWERS if hasattr(inner, name)]
     projectors = [f"{before}{name}" for name in PROJECTORS if hasattr(inner, name)]
     for tower in towers:
-        projectors += [f"{before}{tower}.{name}" for name in INNER_PROJECTORS if hasattr(getattr(inner, tower), name)]
+        projectors += [f"{before}{tower}.{name}" for name in _inner_projectors(getattr(inner, tower))]
     if not towers or not projectors or not hasattr(inner, "language_model"):
         raise ConfigError(
             f"vision: the parts of {type(model).__name__} are unknown; it cannot be trained on images yet"
         )
     head = ("lm_head",) if hasattr(model, "lm_head") else ()
     return Parts((f"{before}language_model", *head), tuple(projectors), tuple(f"{before}{name}" for name in towers))
+
+
+def _inner_projectors(tower: Any) -> list[str]:
+    """Names of the projectors in a tower; of a list of them each one, for a list cannot be wrapped."""
+    from torch import nn
+
+    names: list[str] = []
+    for name in INNER_PROJECTORS:
+        module = getattr(tower, name, None)
+        if isinstance(module, nn.ModuleList):
+            names += [f"{name}.{index}" for index in range(len(module))]
+        elif module is not None:
+            names.append(name)
+    return names
 
 
 def unquantized(model_config: Any) -> list[str]:

@@ -204,11 +204,15 @@ def _check_choices(config: schema.Config, processes: int) -> None:
 def _prepare(config: schema.Config) -> Prepared:
     """Tokenizer and data; the weights are not touched."""
     quiet.prepare_libraries()
+    from fastft.chat import session
     from fastft.data import check, formats, preview
     from fastft.data import prepare as data_prepare
 
     base = model_load.locate(config.model)
     read = words.read(config, base)
+    if read.seer is not None:
+        for path in config.samples.images:
+            read.seer.size(session.image(path))
     data = data_prepare.prepare(
         config.data,
         config.task,
@@ -293,7 +297,7 @@ def _train(
         processor_files(place)
 
     interrupt = Interrupt()
-    talk = session.Talk(loaded.model, loaded.tokenizer, continues=config.task == "pretrain")
+    talk = session.Talk(loaded.model, loaded.tokenizer, continues=config.task == "pretrain", seer=prepared.words.seer)
     with console.progress("training", steps, "steps", start=step) as advance:
         status = Status()
         metrics = Metrics(work_dir / "metrics.jsonl", advance if writes else None, status.read, listeners)

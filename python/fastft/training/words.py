@@ -49,7 +49,7 @@ def _seeing(config: schema.Config, base: model_load.Base, settings: schema.Visio
     if settings.tower is not None:
         made = llava.read_processor(config, base.weights_folder)
         return Words(made.tokenizer, made, Seer(made, made.image_token_id, settings))
-    made = processor.load(base.weights_folder, settings)
+    made = processor.load(base.weights_folder, settings, model_type=str(base.config_json.get("model_type")))
     if not getattr(made.tokenizer, "chat_template", None):
         made.tokenizer = tokenizer.with_template(made.tokenizer, config.model)
     token = vision.image_token_id(model_load.read_model_config(base))
