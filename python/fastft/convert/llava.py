@@ -331,7 +331,10 @@ def plan_llava(
     before = _num_rows(parts.llm)
     now = max((tensor.shape[0] for tensor in language if _is_table(tensor.name)), default=before)
     num_rows = rows_needed(now, parts.image_token_id, num_tokens)
-    notes = [] if num_rows == before else [new_rows_note(before, num_rows)]
+    adapters = [] if parts.llm_adapter is None else [(parts.llm_adapter, 1.0)]
+    seen = merge.as_trained(parts.llm, adapters) if four_bit == "auto" else four_bit
+    notes = merge.base_notes(parts.llm, adapters, seen, None, asked=four_bit != "auto")
+    notes += [] if num_rows == before else [new_rows_note(before, num_rows)]
     tensors = [_longer(tensor, num_rows) if _is_table(tensor.name) else tensor for tensor in language]
     tensors = [replace(tensor, name=_language_name(tensor.name, parts.llm)) for tensor in tensors]
     tensors += [replace(tensor, name=_tower_name(tensor.name)) for tensor in seeing]

@@ -42,6 +42,7 @@ from fastft.errors import PlanError, UsageError
 __all__ = [
     "RewritePlan",
     "as_trained",
+    "base_notes",
     "execute",
     "four_bit_base",
     "output_dtype",
@@ -97,7 +98,7 @@ def plan(
         tensors = _onto_four_bit(tensors, base, seen, read)
     peft_layers.check(tensors)
     notes = [
-        *_base_notes(base, read, seen, quantize, asked=four_bit != "auto"),
+        *base_notes(base, read, seen, quantize, asked=four_bit != "auto"),
         *_peft_notes(read, match_peft=match_peft),
     ]
     if untied:
@@ -479,7 +480,7 @@ def _vocab_size(base: Checkpoint, joined: Joined) -> int | None:
     return sizes.pop() if sizes else None
 
 
-def _base_notes(
+def base_notes(
     base: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],
     four_bit: FourBit | None,

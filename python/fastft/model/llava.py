@@ -173,14 +173,21 @@ def processor(words: Any, tower: Path, *, to_square: bool = True) -> Any:
 
 def _padding(plain: Any) -> Any:
     """The same image processor, which fills images up to a square first."""
-    from transformers import LlavaImageProcessor
+    import importlib.util
 
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    kind: Any = LlavaImageProcessorPil
+    if importlib.util.find_spec("torchvision") is not None:
+        from transformers import LlavaImageProcessor
+
+        kind = LlavaImageProcessor
     settings = {
         key: value
         for key, value in plain.to_dict().items()
         if key not in ("image_processor_type", "processor_class", "feature_extractor_type")
     }
-    return LlavaImageProcessor(**settings | {"do_pad": True})
+    return kind(**settings | {"do_pad": True})
 
 
 def put_together(
