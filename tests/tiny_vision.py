@@ -41,8 +41,8 @@ TEMPLATES = {
     "gemma3": GEMMA,
 }
 SPECIALS = {
-    "llava": ["<image>"],
-    "llava_next": ["<image>"],
+    "llava": ["<s>", "<image>"],
+    "llava_next": ["<s>", "<image>"],
     "qwen": ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
     "internvl": ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
     "gemma3": ["<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"],
@@ -80,7 +80,7 @@ def write_model(kind: str, folder: Path, *, tokenizer: Any = None, template: str
 
 def write_tokenizer(kind: str, folder: Path) -> Any:
     """A byte-level BPE tokenizer of about 320 tokens with the family's special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     family = "qwen" if kind.startswith("qwen") else kind
@@ -108,9 +108,11 @@ def write_tokenizer(kind: str, folder: Path) -> Any:
         },
     }
     more = {"extra_special_tokens": named[family]} if family in named else {}
-    bos = {"bos_token": "<bos>"} if family == "gemma3" else {}
+    bos = {"gemma3": {"bos_token": "<bos>"}, "llava": {"bos_token": "<s>"}, "llava_next": {"bos_token": "<s>"}}
+    if family.startswith("llava"):  # their templates write none, and leave it to the tokenizer
+        backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", backend.token_to_id("<s>"))])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>", **bos, **more
+        tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>", **bos.get(family, {}), **more
     )
     fast.save_pretrained(folder)
     return fast

@@ -199,3 +199,58 @@ def test_a_resumed_run_is_the_straight_one(parts: tuple[Path, Path, Path], tmp_p
         one, other = load_file(straight / file), load_file(resumed / file)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), file
+
+
+@pytest.mark.parametrize("case", ["stage 1, plain", "lora and tower", "full", "lora, tower whole"])
+def test_chat_puts_the_parts_together(
+    parts: tuple[Path, Path, Path], tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the result of fastft, and by what XTuner's tool leaves: old names in the tower's adapter, nothing said."""
+    from safetensors.torch import load_file, save_file
+
+    from fastft.chat import llava as chat
+    from fastft.errors import FileError
+
+    kept: list[Any] = []
+    write = llava_result.write
+
+    def remember(config: Any, loaded: Any, *rest: Any) -> None:
+        kept.append(loaded.model)
+        write(config, loaded, *rest)
+
+    monkeypatch.setattr(llava_result, "write", remember)
+    done = run.run(config(parts, *CASES[case]), work_dir=tmp_path / "run")
+    expected = seen(kept[0], done.artifact)
+    bound = 10 * 128 * 2**-24 * float(expected.abs().max())
+    talk = chat.load(str(parts[0]), done.artifact)
+    assert float((seen(talk.model, done.artifact) - expected).abs().max()) < bound
+    if case != "lora and tower":
+        return
+    processor = done.artifact.rename(tmp_path / "xtuner")
+    for name in ("processor_config.json", "tokenizer.json", "chat_template.jinja", "fastft_training.json"):
+        (processor / name).rename(tmp_path / name)
+    adapter = processor / "visual_encoder_adapter" / "adapter_model.safetensors"
+    old = {
+        name.replace("base_model.model.", "base_model.model.vision_model.", 1): tensor
+        for name, tensor in load_file(adapter).items()
+    }
+    save_file(old, adapter)
+    config_json = adapter.parent / "adapter_config.json"
+    settings = json.loads(config_json.read_text()) | {"base_model_name_or_path": None}
+    config_json.write_text(json.dumps(settings))
+    with pytest.raises(FileError, match="name it with --visual-encoder"):
+        chat.load(str(parts[0]), processor)
+    talk = chat.load(str(parts[0]), processor, visual_encoder=str(parts[1]))
+    for name in ("processor_config.json", "tokenizer.json", "chat_template.jinja"):
+        (tmp_path / name).rename(processor / name)
+    assert float((seen(talk.model, processor) - expected).abs().max()) < bound
+
+
+def test_mistakes_in_chat_and_merge(parts: tuple[Path, Path, Path], tmp_path: Path, capsys: Any) -> None:
+    llm = str(parts[0])
+    assert main(["chat", llm, "--visual-encoder", "x", "--prompt", "a"]) == 2
+    assert "belong to --llava" in capsys.readouterr().err
+    assert main(["chat", llm, "--llava", str(parts[1]), "--prompt", "a"]) == 1
+    assert "no projector/ there" in capsys.readouterr().err
+    assert main(["convert", "merge", llm, str(parts[1]), str(tmp_path / "o"), "--visual-encoder", "x"]) == 2
+    assert "is for the parts of a LLaVA" in capsys.readouterr().err

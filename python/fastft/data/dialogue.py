@@ -33,6 +33,8 @@ class ImageRef:
     path: str | None  # the file, or None
     content: bytes | None = field(repr=False)  # the image file's bytes, where the row holds them
     name: str  # as the row calls it
+    stored: tuple[int, int] | None = None  # where these bytes went: offset and length in a `spool`
+    digest: str = ""  # of the bytes
 
 
 @dataclass(frozen=True, slots=True)

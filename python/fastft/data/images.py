@@ -7,12 +7,15 @@ and no pickle is involved. Pixels come out as RGB, turned as the camera says (EX
 
 import base64
 import binascii
+import functools
 import io
 import os
 import re
 import stat
+import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,20 @@ OTHER_KINDS: tuple[tuple[bytes, str], ...] = (
     (b"\x1f\x8b", "a gzip archive; unpack it"),
     (b"\x80\x04", "a pickle; save the images as files"),
 )
+# What image files start with; one that cannot be read is broken, and not something else.
+IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+# EXIF's number of the way the camera was held, what puts the picture upright, and which of them swap its sides.
+ORIENTATION = 0x0112
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+LYING = frozenset({5, 6, 7, 8})
 DATA_URI = re.compile(r"data:(?P<kind>[\w/+.-]*)(?P<more>(;[\w=.-]+)*),", re.IGNORECASE)
 # Formats that Pillow reads by itself and without helpers (ghostscript for EPS, for one, would run a program).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO", "ICO", "TGA", "DIB")
@@ -129,13 +146,12 @@ def examine(ref: ImageRef, max_pixels: int) -> tuple[int, int]:
         BadImageError: it is missing, no image, broken, cut off, or too large.
     """
     with _opened(ref, max_pixels) as image:
-        # A JPEG is decoded at an eighth of its size: every byte is looked at, in a fraction of the time.
-        turned = image.getexif().get(0x0112) in {5, 6, 7, 8}
         width, height = image.size
+        # A JPEG is decoded at an eighth of its size: every byte is looked at, in a fraction of the time.
         if image.format == "JPEG":
             image.draft("RGB", (1, 1))
         _load(image, ref)
-        return (height, width) if turned else (width, height)
+        return (height, width) if _orientation(image) in LYING else (width, height)
 
 
 def read(ref: ImageRef, max_pixels: int) -> Any:
@@ -144,11 +160,12 @@ def read(ref: ImageRef, max_pixels: int) -> Any:
     Raises:
         BadImageError: it is missing, no image, broken, cut off, or too large.
     """
-    from PIL import ImageOps
+    from PIL import Image
 
     with _opened(ref, max_pixels) as image:
         _load(image, ref)
-        return _rgb(ImageOps.exif_transpose(image))
+        turn = TURNS.get(_orientation(image))
+        return _rgb(image if turn is None else image.transpose(Image.Transpose[turn]))
 
 
 def shown(text: str) -> str:
@@ -163,15 +180,16 @@ def _opened(ref: ImageRef, max_pixels: int) -> Any:
     name = shown(ref.name)
     stream = _stream(ref)
     try:
-        with warnings.catch_warnings():
-            # Pillow's own limit is a warning at first; ours is an error, and the config's.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(stream, formats=FORMATS)
+        with _limited(max_pixels):
+            image = Image.open(stream, formats=_known())
     except UnidentifiedImageError as error:
         stream.seek(0)
         raise BadImageError(f"image {name}: {_what_it_is(stream.read(64))}") from error
     except Image.DecompressionBombError as error:
-        raise BadImageError(f"image {name}: far too many pixels, a decompression bomb") from error
+        raise BadImageError(
+            f"image {name}: it has more than twice the pixels of vision.max_image_pixels ({max_pixels:,}); scale it down, "
+            "or raise the limit"
+        ) from error
     except (OSError, ValueError, SyntaxError, OverflowError, MemoryError) as error:
         raise BadImageError(f"image {name}: its header is broken ({error})") from error
     width, height = image.size
@@ -181,6 +199,30 @@ def _opened(ref: ImageRef, max_pixels: int) -> Any:
             "down, or raise the limit"
         )
     return image
+
+
+@functools.cache
+def _known() -> tuple[str, ...]:
+    """The formats that this build of Pillow has."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def _limited(max_pixels: int) -> Iterator[None]:
+    """Let the config's limit be Pillow's, which warns from there on and refuses twice as much."""
+    from PIL import Image
+
+    own = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = own
 
 
 def _stream(ref: ImageRef) -> io.BytesIO:
@@ -195,11 +237,11 @@ def _stream(ref: ImageRef) -> io.BytesIO:
         if isinstance(error, FileNotFoundError):
             raise BadImageError(f"image {name}: no such file ({shown(ref.path)})") from error
         raise BadImageError(f"image {name}: cannot be read ({error.strerror or error})") from error
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode):
+        os.close(descriptor)
+        raise BadImageError(f"image {name}: {'a folder' if stat.S_ISDIR(state.st_mode) else 'no regular file'}")
     with os.fdopen(descriptor, "rb") as file:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode):
-            kind = "a folder" if stat.S_ISDIR(state.st_mode) else "no regular file"
-            raise BadImageError(f"image {name}: {kind}")
         if state.st_size > MAX_FILE_BYTES:
             raise BadImageError(f"image {name}: a file of {state.st_size:,} bytes is too large for an image")
         if not state.st_size:
@@ -208,11 +250,21 @@ def _stream(ref: ImageRef) -> io.BytesIO:
 
 
 def _what_it_is(head: bytes) -> str:
+    if head.startswith(IMAGE_STARTS):
+        return "broken: it starts as an image, and what follows is none"
     start = head.lstrip()
     for mark, said in OTHER_KINDS:
         if start[: len(mark)].lower() == mark.lower():
             return said
     return "no image that can be read (JPEG, PNG, WebP, BMP, GIF, TIFF and a few more can)"
+
+
+def _orientation(image: Any) -> int:
+    """How the camera was held, 1 to 8 (EXIF); a broken EXIF block says nothing, and spoils no picture."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error):
+        return 1
 
 
 def _load(image: Any, ref: ImageRef) -> None:

@@ -402,7 +402,7 @@ class Encoder:
         if not dialogues:
             return
         if self.template is None:
-            self.template = ChatTemplate(self.tokenizer, self._fallback)
+            self.template = ChatTemplate(self.tokenizer, self._fallback, of_processor=self.seer is not None)
         rendered: list[tuple[str, list[Span]] | BadRowError | BadImageError] = []
         # Where each image stands in the text of those that could be rendered.
         shown: list[list[ShownImage]] = []
@@ -417,7 +417,7 @@ class Encoder:
             except (BadRowError, BadImageError) as error:
                 rendered.append(error)
         good = [found for found in rendered if isinstance(found, tuple)]
-        if any(shown):
+        if self.seer is not None:
             encoded = iter(self.template.encode_shown(good, shown))
         else:
             fast = self._fast_road(len(good))
@@ -474,7 +474,7 @@ def _digest(encoded: Encoded) -> int:
         return digest(encoded.ids)
     joined = hashlib.blake2b(encoded.ids.tobytes(), digest_size=8)
     for image in encoded.images:
-        joined.update(image.ref.content if image.ref.content is not None else str(image.ref.path).encode())
+        joined.update((image.ref.digest or str(image.ref.path)).encode())
     return int.from_bytes(joined.digest(), "little")
 
 

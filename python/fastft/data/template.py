@@ -82,12 +82,14 @@ class ChatTemplate:
     Args:
         tokenizer: a fast tokenizer of transformers.
         fallback: text of the template for a tokenizer that has none; the tokenizer's own always wins.
+        of_processor: whether ids shall equal those of a processor's `apply_chat_template`, which lets the tokenizer add
+            its own bos to a text that does not start with one (LLaVA's does not).
 
     Raises:
         DataError: no template at all, a slow tokenizer, or a template that does not even take one question and answer.
     """
 
-    def __init__(self, tokenizer: Any, fallback: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, fallback: str | None = None, *, of_processor: bool = False) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"chat template: the tokenizer {type(tokenizer).__name__} gives no character offsets; a tokenizer with "
@@ -104,6 +106,7 @@ class ChatTemplate:
                 "task: pretrain"
             )
         self._tokenizer = tokenizer
+        self._of_processor = of_processor
         # What is used, and what belongs into the adapter's folder.
         self.text: str = text
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
@@ -173,7 +176,12 @@ class ChatTemplate:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a rendered text."""
-        return list(self._backend().encode(text, add_special_tokens=False).ids)
+        return list(self._backend().encode(text, add_special_tokens=self._adds_special_tokens(text)).ids)
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer adds its own tokens to a rendered text."""
+        bos = self._tokenizer.bos_token
+        return self._of_processor and not (bos is not None and text.startswith(str(bos)))
 
     def encode_batch(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]], fast: ByteLevel | None = None
@@ -204,9 +212,10 @@ class ChatTemplate:
             texts: rendered texts, and the learned stretches of each.
             shown: the images of each text, in order.
         """
-        encodings = self._backend().encode_batch([text for text, _ in texts], add_special_tokens=False)
+        backend = self._backend()
         found = []
-        for encoding, (text, spans), images in zip(encodings, texts, shown, strict=True):
+        for (text, spans), images in zip(texts, shown, strict=True):
+            encoding = backend.encode(text, add_special_tokens=self._adds_special_tokens(text))
             learned = _mask(encoding, text, spans)
             placed = []
             for (start, end), ref, size in images:

@@ -6,7 +6,12 @@ alone; the processor is asked once for each size, with an empty picture.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from fastft.config import schema
 from fastft.data import images
@@ -14,6 +19,7 @@ from fastft.data.dialogue import ImageRef, PlacedImage
 from fastft.data.formats import BadRowError
 from fastft.data.images import BadImageError
 from fastft.data.samples import NOT_LEARNED, Sample
+from fastft.data.spool import Spool
 from fastft.data.template import ShownImage, Span
 
 if TYPE_CHECKING:
@@ -24,6 +30,17 @@ TEXT_KEYS = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
 )
 TYPE_KEYS = ("mm_token_type_ids", "token_type_ids")
+# How models that let several samples share a row count positions: one number a token, or three of which an image's
+# tokens take rows and columns (Qwen-VL). Others (Gemma 3 looks at images both ways) get a row for each sample.
+POSITIONS: Mapping[str, Literal["line", "grid"]] = {
+    "llava": "line",
+    "llava_next": "line",
+    "internvl": "line",
+    "qwen2_vl": "grid",
+    "qwen2_5_vl": "grid",
+    "qwen3_vl": "grid",
+    "qwen3_vl_moe": "grid",
+}
 # Of the picture with which the processor is tried.
 TRIED_SIZE = (64, 64)
 
@@ -35,15 +52,27 @@ class Seer:
         processor: of transformers, with tokenizer and image processor.
         image_token_id: the id that the model replaces by the features of an image.
         vision: the config's section.
+        model_type: of the model's config.json.
+        folder: for images that rows hold themselves; None: where the system keeps temporary files.
 
     Attributes:
         packs: whether several samples may share a row.
+        positions: how positions are counted then; None if they may not.
     """
 
-    packs = False
-
-    def __init__(self, processor: Any, image_token_id: int, vision: schema.Vision) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        image_token_id: int,
+        vision: schema.Vision,
+        model_type: str,
+        *,
+        folder: Path | None = None,
+    ) -> None:
         self.processor = processor
+        self._spool = Spool(folder)
+        self.positions = POSITIONS.get(model_type)
+        self.packs = self.positions is not None
         self.image_token_id = image_token_id
         self.skips_bad_images = vision.on_bad_image == "skip"
         self.max_image_pixels = vision.max_image_pixels
@@ -95,7 +124,7 @@ class Seer:
         before = len(pieces[0])
         for ref, size, piece in zip(refs, sizes, pieces[1:], strict=True):
             replacement = self.replacement(size, ref)
-            shown.append(((place, place + len(replacement)), ref, size))
+            shown.append(((place, place + len(replacement)), self._spool.keep(ref), size))
             written += [replacement, piece]
             place += len(replacement) + len(piece)
             shifts.append((before, len(replacement) - len(self.mark)))
@@ -154,7 +183,7 @@ class Seer:
         """
         if not refs:
             return {}
-        pictures = [images.read(ref, self.max_image_pixels) for ref in refs]
+        pictures = [images.read(self._spool.content(ref), self.max_image_pixels) for ref in refs]
         _, made = self._asked(pictures, return_tensors="pt")
         return {key: value for key, value in made.items() if key not in TEXT_KEYS}
 
@@ -185,37 +214,112 @@ class _Listener:
 
 
 class VisionCollator:
-    """Joins samples with images into a batch; shorter rows are filled up at the right and masked.
+    """Joins samples with images into a batch; shorter rows are filled up at the right.
 
-    No positions are given: a model that sees counts its own, of which images take two dimensions (Qwen-VL).
+    One sample a row: the padding is masked and no positions are given, for a model that sees counts its own. Several
+    samples a row: positions tell them apart, and the padding too, as in `collate`.
 
     Args:
         seer: makes the pixels.
         pad_token_id: fills up shorter rows.
+        packed: whether a row may hold several samples.
+        flatten: lay all rows into a single one; only with `packed`. Flash attention tells samples apart in one row only.
     """
 
-    def __init__(self, seer: Seer, pad_token_id: int) -> None:
+    def __init__(self, seer: Seer, pad_token_id: int, *, packed: bool = False, flatten: bool = False) -> None:
+        assert seer.packs or not packed
         self.seer = seer
         self.pad_token_id = pad_token_id
+        self.packed = packed
+        self.flatten = flatten and packed
 
     def __call__(self, samples: Sequence[Sample]) -> "dict[str, torch.Tensor]":
-        """input_ids, labels, attention_mask and the model's type ids, int64 [B, T]; pixels if there are images."""
+        """input_ids, labels, the model's type ids, int64 [B, T]; attention_mask or position_ids; pixels of images.
+
+        position_ids are [B, T], or [4, B, T] where images take rows and columns: within the sample, then the three.
+        """
         import torch
 
+        if self.flatten:
+            samples = [_joined(samples)]
         longest = max(len(sample["input_ids"]) for sample in samples)
         empty = [longest - len(sample["input_ids"]) for sample in samples]
         placed: list[PlacedImage] = [image for sample in samples for image in sample.get("images", ())]
         rows = {
             "input_ids": [s["input_ids"] + [self.pad_token_id] * n for s, n in zip(samples, empty, strict=True)],
             "labels": [s["labels"] + [NOT_LEARNED] * n for s, n in zip(samples, empty, strict=True)],
-            "attention_mask": [[1] * (longest - n) + [0] * n for n in empty],
         }
+        if not self.packed:
+            rows["attention_mask"] = [[1] * (longest - n) + [0] * n for n in empty]
         if self.seer.type_key is not None:
             rows[self.seer.type_key] = [
                 self.seer.types(s["input_ids"]) + [0] * n for s, n in zip(samples, empty, strict=True)
             ]
         batch = {key: torch.tensor(row, dtype=torch.int64) for key, row in rows.items()}
-        return batch | self.seer.pixels([image.ref for image in placed])
+        pixels = self.seer.pixels([image.ref for image in placed])
+        if self.packed:
+            batch["position_ids"] = self._positions(samples, empty, pixels)
+        return batch | pixels
+
+    def _positions(
+        self, samples: Sequence[Sample], empty: Sequence[int], pixels: "Mapping[str, torch.Tensor]"
+    ) -> "torch.Tensor":
+        import torch
+
+        lines = [s["position_ids"] + list(range(n)) for s, n in zip(samples, empty, strict=True)]
+        if self.seer.positions == "line":
+            return torch.tensor(lines, dtype=torch.int64)
+        merge = int(self.seer.processor.image_processor.merge_size)
+        grids = [[int(n) for n in grid] for grid in pixels.get("image_grid_thw", ())]
+        counted, taken = [], 0
+        for sample, line in zip(samples, lines, strict=True):
+            images = sample.get("images", [])
+            own = grids[taken : taken + len(images)]
+            taken += len(images)
+            counted.append(np.stack([np.asarray(line), *grid_positions(line, images, own, merge)]))
+        return torch.from_numpy(np.stack(counted, axis=1))
+
+
+def grid_positions(
+    line: Sequence[int], images: Sequence[PlacedImage], grids: Sequence[Sequence[int]], merge: int
+) -> npt.NDArray[np.int64]:
+    """Time, row and column of each token of a row, int64 [3, T] (Qwen2-VL, Wang et al. 2024, section 2.1).
+
+    A text's tokens count on in all three. An image's tokens have its first position in time and count rows and columns
+    from there; what follows goes on behind the larger of the two.
+
+    Args:
+        line: positions within each sample, starting again at 0; T of them.
+        images: in the order of their tokens.
+        grids: frames, rows and columns of each image, in patches.
+        merge: patches that become one token, by side.
+    """
+    found = np.tile(np.asarray(line, dtype=np.int64), (3, 1))
+    ends = [place for place in range(1, len(line)) if line[place] == 0] + [len(line)]
+    for image, (frames, rows, columns) in zip(images, grids, strict=True):
+        end = next(end for end in ends if end > image.start)
+        height, width = rows // merge, columns // merge
+        length = frames * height * width
+        assert length == image.length, (length, image)
+        first = found[0, image.start]
+        after = image.start + length
+        place = np.arange(length)
+        found[:, image.start : after] = first + np.stack(
+            [place // (height * width), place // width % height, place % width]
+        )
+        found[:, after:end] = first + max(height, width) + np.arange(end - after)
+    return found
+
+
+def _joined(samples: Sequence[Sample]) -> Sample:
+    """All samples as one row."""
+    joined: Sample = {"input_ids": [], "labels": [], "position_ids": [], "images": []}
+    for sample in samples:
+        before = len(joined["input_ids"])
+        joined["images"] += [replace(image, start=image.start + before) for image in sample.get("images", ())]
+        for key in ("input_ids", "labels", "position_ids"):
+            joined[key] += sample[key]
+    return joined
 
 
 def _empty(size: tuple[int, int]) -> Any:

@@ -155,6 +155,11 @@ def lora_settings(model: Any, lora: schema.Lora, learn: schema.Learn) -> dict[st
     if learn.projector == "full":
         whole += found.projector
     if learn.tower == "full":
+        if _holds_projector(found) and learn.projector == "frozen":
+            raise ConfigError(
+                "vision.learn.tower: full: this model's tower holds its projector, and an adapter keeps both or none; set "
+                "vision.learn.projector: full too, or tower: lora"
+            )
         # A tower that holds its projector is saved with it.
         whole = [name for name in whole if found.of(name) != "projector"] if _holds_projector(found) else whole
         whole += found.tower

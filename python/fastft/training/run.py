@@ -87,7 +87,7 @@ def _first_batch(config: schema.Config, prepared: Prepared) -> str:
 
     rows, train = prepared.data.train, config.train
     order = EpochBatches(len(rows), train.batch_size, shuffle=config.data.shuffle, seed=train.seed)
-    batch = _collator(prepared.words)([rows[index] for index in next(iter(order))])
+    batch = _collator(prepared.words, packed=prepared.data.report.packing)([rows[index] for index in next(iter(order))])
     count, length = batch["input_ids"].shape
     learned = int((batch["labels"] != NOT_LEARNED).sum())
     shapes = [f"{key} {list(value.shape)}" for key, value in batch.items() if value.shape[:2] != (count, length)]
@@ -355,14 +355,14 @@ class Learning:
     eval_rows: Any
 
 
-def _collator(read: words.Words, *, flatten: bool = False) -> Any:
+def _collator(read: words.Words, *, packed: bool, flatten: bool = False) -> Any:
     """What makes batches of samples; `flatten` lays rows into one, which flash attention needs to tell them apart."""
     from fastft.data.collate import Collator
     from fastft.data.vision import VisionCollator
 
     pad_id = tokenizer.pad_id(read.tokenizer)
     if read.seer is not None:
-        return VisionCollator(read.seer, pad_id)
+        return VisionCollator(read.seer, pad_id, packed=packed, flatten=flatten)
     return Collator(pad_id, flatten=flatten)
 
 
@@ -373,7 +373,7 @@ def _learning(config: schema.Config, prepared: Prepared, *, flatten: bool) -> Le
 
     data, pad_id = prepared.data, tokenizer.pad_id(prepared.words.tokenizer)
     if config.task in ("pretrain", "sft"):
-        collate = _collator(prepared.words, flatten=flatten)
+        collate = _collator(prepared.words, packed=data.report.packing, flatten=flatten)
         return Learning(trainer.FastftTrainer, collate, data.train, data.eval)
     from fastft.training.preferences import PreferenceTrainer
 

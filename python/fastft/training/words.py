@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastft import console
 from fastft.config import schema
 from fastft.model import llava, processor, tokenizer, vision
 from fastft.model import load as model_load
@@ -44,13 +45,21 @@ def read(config: schema.Config, base: model_load.Base) -> Words:
 
 
 def _seeing(config: schema.Config, base: model_load.Base, settings: schema.Vision) -> Words:
+    from fastft.data import cache
     from fastft.data.vision import Seer
 
     if settings.tower is not None:
+        kind = "llava"
         made = llava.read_processor(config, base.weights_folder)
-        return Words(made.tokenizer, made, Seer(made, made.image_token_id, settings))
-    made = processor.load(base.weights_folder, settings, model_type=str(base.config_json.get("model_type")))
+        token = int(made.image_token_id)
+    else:
+        kind = str(base.config_json.get("model_type"))
+        made = processor.load(base.weights_folder, settings, model_type=kind)
+        token = vision.image_token_id(model_load.read_model_config(base))
     if not getattr(made.tokenizer, "chat_template", None):
         made.tokenizer = tokenizer.with_template(made.tokenizer, config.model)
-    token = vision.image_token_id(model_load.read_model_config(base))
-    return Words(made.tokenizer, made, Seer(made, token, settings))
+    folder = None if config.data.cache is None else cache.folder(config.data.cache)
+    seer = Seer(made, token, settings, kind, folder=folder)
+    if config.data.packing and not seer.packs:
+        console.note(f"packing: off, a model of type {kind} takes one sample a row")
+    return Words(made.tokenizer, made, seer)
