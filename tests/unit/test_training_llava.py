@@ -11,6 +11,7 @@ from fastft.__main__ import main
 from fastft.config.schema import Config
 from fastft.convert import llava as convert
 from fastft.convert import llava_result as results
+from fastft.errors import CheckpointError
 from fastft.training import llava_result, run
 
 torch = pytest.importorskip("torch")
@@ -254,3 +255,20 @@ def test_mistakes_in_chat_and_merge(parts: tuple[Path, Path, Path], tmp_path: Pa
     assert "no projector/ there" in capsys.readouterr().err
     assert main(["convert", "merge", llm, str(parts[1]), str(tmp_path / "o"), "--visual-encoder", "x"]) == 2
     assert "is for the parts of a LLaVA" in capsys.readouterr().err
+
+
+def test_parts_that_do_not_fit_are_refused_before_weights_are_read(
+    parts: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastft.errors import ConfigError
+    from fastft.model import load
+
+    monkeypatch.setattr(load, "load_weights", lambda *_: pytest.fail("weights were read"))
+    other = tmp_path / "stage_1" / "llava" / "projector"
+    for projector, reason in ((other, "train it first .*`fastft train stage_1`"), (parts[1], "model_type is 'clip'")):
+        with pytest.raises((ConfigError, CheckpointError), match=reason):
+            run.run(config(parts, "lora", TOWER_LORA, projector=str(projector)), work_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="select_layer: -5 is not allowed; the tower has 3 layers"):
+        run.run(config(parts, "lora", TOWER_LORA, select_layer=-5), work_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="is a llama; a CLIP is needed"):
+        run.run(config((parts[0], parts[0], parts[2]), "lora", TOWER_LORA), work_dir=tmp_path / "run")

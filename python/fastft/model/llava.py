@@ -71,7 +71,44 @@ def read_processor(config: schema.Config, folder: Path) -> Any:
     """
     assert config.vision is not None
     words = tokenizer.load_tokenizer(folder, config.model)
-    return processor(words, locate_tower(config), to_square=config.vision.learn.llm != "frozen")
+    tower = locate_tower(config)
+    _check(config, read_object(folder / "config.json"), tower_config(tower))
+    return processor(words, tower, to_square=config.vision.learn.llm != "frozen")
+
+
+def _check(config: schema.Config, llm: Mapping[str, Any], tower: Mapping[str, Any]) -> None:
+    """Refuse parts that do not fit, before gigabytes of them are read.
+
+    Raises:
+        ConfigError: saying which.
+        CheckpointError, PlanError: the projector cannot be used.
+    """
+    assert config.vision is not None
+    folder = _projector_folder(config.vision)
+    if folder is None:
+        settings = llava.projector_config(
+            tower["hidden_size"], llm.get("hidden_size", 0), PROJECTOR_ACTIVATION, bias=True
+        )
+    elif not (folder / "config.json").is_file():
+        first = f" with `fastft train {folder.parts[-3]}`" if folder.parts[-2:] == ("llava", "projector") else ""
+        raise ConfigError(
+            f"vision.projector {folder}: no projector there; train it first (the first stage){first}, or set vision.projector="
+            "null to begin with a new one"
+        )
+    else:
+        settings = dict(llava.read_projector(folder).config)
+    try:
+        llava.llava_config(llm, tower, settings, image_token_id=0, select_layer=config.vision.select_layer, num_rows=1)
+    except PlanError as error:
+        raise ConfigError(f"vision: {error}") from error
+
+
+def _projector_folder(vision: schema.Vision) -> Path | None:
+    """The folder of `vision.projector`, which may be that of a whole result."""
+    if vision.projector is None:
+        return None
+    folder = Path(vision.projector).expanduser()
+    return folder / llava.PROJECTOR if llava.is_result(folder) else folder
 
 
 def read(config: schema.Config, llm: Any, words: Any) -> Any:
@@ -88,9 +125,7 @@ def read(config: schema.Config, llm: Any, words: Any) -> Any:
     vision = config.vision
     assert vision is not None
     tower = read_tower(locate_tower(config), llm.get_input_embeddings().weight.dtype)
-    projector = None if vision.projector is None else Path(vision.projector).expanduser()
-    if projector is not None and not (projector / "config.json").is_file() and llava.is_result(projector):
-        projector = projector / llava.PROJECTOR
+    projector = _projector_folder(vision)
     model = put_together(llm, tower, words, projector=projector, select_layer=vision.select_layer)
     on = llm.get_input_embeddings().weight.device
     model.model.vision_tower.to(on)
