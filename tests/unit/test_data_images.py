@@ -383,3 +383,38 @@ def test_a_broken_exif_block_spoils_no_picture(tmp_path: Path) -> None:
     assert (
         images.read(_ref(tmp_path / "a.jpg"), 10**6).size == images.examine(_ref(tmp_path / "a.jpg"), 10**6) == (5, 4)
     )
+
+
+# Bytes in rows --------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_rows_wait_on_the_disk(tmp_path: Path) -> None:
+    from fastft.data.spool import Spool
+
+    kept = Spool(tmp_path / "new")
+    refs = [ImageRef(None, _png((n + 1, 2), (n, 0, 0)), f"{n}") for n in range(5)]
+    stored = [kept.keep(ref) for ref in refs]
+    assert all(ref.content is None for ref in stored)
+    assert len({ref.digest for ref in stored}) == 5
+    assert kept.keep(refs[2]).digest == stored[2].digest
+    for ref, place in reversed(list(zip(refs, stored, strict=True))):
+        assert kept.content(place).content == ref.content
+    assert list((tmp_path / "new").iterdir()) == [], "the file has no name, and goes with the process"
+
+
+def test_a_hub_data_set_gives_bytes_not_pictures(tmp_path: Path) -> None:
+    import datasets
+
+    broken = _png((64, 64))[:-30]
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": broken, "path": None}], "images": [[{"bytes": _png(), "path": "b.png"}]], "text": ["I."]},
+        features=datasets.Features(
+            {"image": datasets.Image(), "images": datasets.List(datasets.Image()), "text": datasets.Value("string")}
+        ),
+    )
+    (row,) = sources.table_rows(sources.undecoded(table), "acme/pictures")
+    assert row.value["image"]["bytes"] == broken
+    assert row.value["images"][0]["bytes"] == _png()
+    ref = images.reference(row.value["image"], Folder(tmp_path, configured=False), row.where)
+    with pytest.raises(BadImageError, match="image in the row: broken or cut off"):
+        images.examine(ref, 10**6)

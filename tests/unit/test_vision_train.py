@@ -17,6 +17,9 @@ from fastft.training import run, words
 
 # One of each way to be built: CLIP and a projector, Qwen's tower that holds its projector (one, and a list of them).
 FEW = ("llava", "qwen2_5_vl", "qwen3_vl")
+# Which run in every test; the others in `make test-all`.
+QUICK = ("qwen2_5_vl", "gemma3")
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def _trained(model: Any) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", [kind if kind in QUICK else pytest.param(kind, marks=SLOW) for kind in tiny.KINDS])
 def test_a_run_learns_from_images_and_its_adapter_answers(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
     settings = {
         "train__max_steps": 10,
@@ -115,7 +118,7 @@ def test_the_saved_adapter_is_the_trained_model(models: dict[str, Path], tmp_pat
         assert torch.equal(back.model(**inputs).logits, loaded.model(**inputs).logits)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
 @pytest.mark.parametrize(
     ("method", "learn", "expected"),
     [
@@ -174,7 +177,7 @@ def test_full_training_writes_a_whole_model(models: dict[str, Path], tmp_path: P
     assert changed == {"language_model"}
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("kind", [pytest.param("llava", marks=SLOW), "qwen2_vl"])
 def test_a_resumed_run_is_the_unbroken_one(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
     def config(**changes: Any) -> Any:
         settings = {
@@ -203,7 +206,8 @@ def test_a_bad_image_is_named_with_its_row_before_anything_is_trained(models: di
     (tmp_path / "images" / "blue.png").write_bytes(b"%PDF-1.7")
     with pytest.raises(DataError, match=r"rows.json, row 3: image images/blue.png: a PDF.*vision.on_bad_image: skip"):
         run.run(tiny.config(models["llava"], rows), work_dir=tmp_path / "run")
-    config = tiny.config(models["llava"], rows, vision={"on_bad_image": "skip"}, train__max_steps=2)
+    settings = {"vision": {"on_bad_image": "skip"}, "train__max_steps": 2, "data__packing": False}
+    config = tiny.config(models["llava"], rows, **settings)
     base = model_load.locate(config.model)
     read = words.read(config, base)
     from fastft.data import prepare
@@ -262,3 +266,25 @@ def test_bounds_on_pixels_bound_the_tokens_and_go_with_the_adapter(models: dict[
     assert pixels[1] <= 1024
     with pytest.raises(ConfigError, match="vision.max_pixels: .* scales images to a size of its own"):
         run.run(tiny.config(models["llava"], rows, vision={"max_pixels": 1024}), work_dir=tmp_path / "other")
+
+
+def test_images_in_parquet_are_learned_from(models: dict[str, Path], tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = tiny.write_images(tmp_path / "images")
+    rows = [
+        {
+            "image": {"bytes": (tmp_path / "images" / f"{name}.png").read_bytes(), "path": f"{name}.png"},
+            "query": "What colour is it?",
+            "response": name,
+        }
+        for name in names
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    config = tiny.config(
+        models["qwen2_vl"], tmp_path / "rows.parquet", train__max_steps=2, data__cache=str(tmp_path / "c")
+    )
+    result = run.run(config, work_dir=tmp_path / "run")
+    assert result.steps == 2
+    assert "red.png 48x40" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")

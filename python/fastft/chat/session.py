@@ -5,6 +5,7 @@ adapter folder (its base is found by what adapter_config.json says) or a hub id;
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastft.config import schema
 from fastft.data.dialogue import IMAGE_MARK, ImageRef, Message
 from fastft.data.template import ChatTemplate
 from fastft.errors import CheckpointError, ConfigError, HubError
-from fastft.model import device, processor, quantization, quiet, tokenizer, vision
+from fastft.model import device, processor, quantization, quiet, tokenizer, vision, whole
 from fastft.model import load as model_load
 
 if TYPE_CHECKING:
@@ -338,12 +339,9 @@ def read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
         place["quantization_config"] = quantization.settings(schema.Quantization(), on, skip)
     model_config = model_load.read_model_config(base)
     device.share_cores(model_config, on)
-    try:
-        model = model_class.from_pretrained(base.weights_folder, config=model_config, dtype=held, **place)
-    except (OSError, ValueError, KeyError) as cause:
-        raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
+    model = whole.read(model_class, base.weights_folder, config=model_config, dtype=held, **place)
     if bits or stored_4bit is not None:
-        quantization.disable_cpu_repacking(model)
+        quantization.make_safe(model)
     return model
 
 
@@ -360,6 +358,9 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     if json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS":
         raise CheckpointError(f"adapter {adapter}: a reward model gives an answer a number; it does not talk")
     try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, OSError) as cause:
+        with warnings.catch_warnings():
+            # peft only warns of weights that the file lacks, and leaves them as they were drawn.
+            warnings.filterwarnings("error", message=r"(?s).*missing adapter keys", category=UserWarning)
+            return PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError, OSError, UserWarning) as cause:
         raise CheckpointError(f"adapter {adapter}: does not fit the model: {str(cause).splitlines()[0]}") from cause

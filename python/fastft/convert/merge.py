@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from fastft.convert import offsets, peft_layers, quantized
+from fastft.convert import classifier, offsets, peft_layers, quantized
 from fastft.convert.adapter import Adapter, read_adapter
 from fastft.convert.bitsandbytes_layout import BLOCKSIZES, CONV1D_MODELS, config_block
 from fastft.convert.folder import Checkpoint, read_checkpoint
@@ -87,8 +87,9 @@ def plan(
     if not adapters:
         raise UsageError("merge: no adapter given")
     base = read_base(llm, names)
-    tied = find_tied(base.config, base.tensors)
     read = tuple((read_adapter(folder, base_is_residual=base_is_residual), weight) for folder, weight in adapters)
+    base = classifier.as_trained(base, read)
+    tied = find_tied(base.config, base.tensors)
     joined = _joined(base, tied, read, names, match_peft=match_peft)
     tensors, untied = _output_tensors(base, joined, tied, output_dtype(dtype), read)
     if match_peft:
@@ -100,6 +101,7 @@ def plan(
     notes = [
         *base_notes(base, read, seen, quantize, asked=four_bit != "auto"),
         *_peft_notes(read, match_peft=match_peft),
+        *classifier.notes(base, read),
     ]
     if untied:
         notes.append(
@@ -149,6 +151,7 @@ def planned_tensors(
     match_peft: bool = False,
 ) -> list[OutputTensor]:
     """Plan the tensors only, in the order of the base's files; for `verify`."""
+    base = classifier.as_trained(base, adapters)
     tied = find_tied(base.config, base.tensors)
     joined = _joined(base, tied, adapters, names, match_peft=match_peft)
     tensors = _output_tensors(base, joined, tied, dtype, adapters)[0]
@@ -247,7 +250,8 @@ def _onto_four_bit(
     changed: list[OutputTensor] = []
     for tensor in tensors:
         held = _is_linear(tensor, skipped) if by_class is None else tensor.name in by_class
-        if not held or tensor.name not in base.tensors or base.tensors[tensor.name].dtype not in FLOATS:
+        is_float = tensor.name in base.tensors and base.tensors[tensor.name].dtype in FLOATS
+        if not held or not is_float or classifier.is_brought(tensor.name, base):
             changed.append(tensor)
             continue
         if isinstance(tensor.operation, PeftLayer):
@@ -345,7 +349,7 @@ def _output_tensors(
 ) -> tuple[list[OutputTensor], bool]:
     """Plan each tensor of the base exactly once; a tied head becomes a tensor where it differs from the embedding."""
     tensors = [
-        _output_tensor(name, source, joined, dtype)
+        _output_tensor(name, source, joined, dtype or classifier.head_dtype(name, base))
         for name, source in base.tensors.items()
         if tied is None or name != tied.head
     ]

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import struct
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ LYING = frozenset({5, 6, 7, 8})
 DATA_URI = re.compile(r"data:(?P<kind>[\w/+.-]*)(?P<more>(;[\w=.-]+)*),", re.IGNORECASE)
 # Formats that Pillow reads by itself and without helpers (ghostscript for EPS, for one, would run a program).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO", "ICO", "TGA", "DIB")
+
+
+_LIMIT = threading.Lock()
 
 
 class BadImageError(DataError):
@@ -215,14 +219,15 @@ def _limited(max_pixels: int) -> Iterator[None]:
     """Let the config's limit be Pillow's, which warns from there on and refuses twice as much."""
     from PIL import Image
 
-    own = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = own
+    with _LIMIT:  # Pillow's limit and the filters of warnings belong to all threads
+        own = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = own
 
 
 def _stream(ref: ImageRef) -> io.BytesIO:

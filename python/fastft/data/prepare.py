@@ -407,6 +407,8 @@ class Encoder:
         # Where each image stands in the text of those that could be rendered.
         shown: list[list[ShownImage]] = []
         texts = self.template.render_all(dialogues)
+        if self.seer is not None:
+            self.seer.look_at(image for dialogue in dialogues for image in dialogue.images)
         for dialogue, text in zip(dialogues, texts, strict=True):
             try:
                 written, spans = self.template.learned_spans(dialogue.messages, dialogue.tools, text)

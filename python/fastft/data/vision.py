@@ -5,7 +5,9 @@ so ids equal `processor.apply_chat_template(messages, tokenize=True)`. How many 
 alone; the processor is asked once for each size, with an empty picture.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +43,8 @@ POSITIONS: Mapping[str, Literal["line", "grid"]] = {
     "qwen3_vl": "grid",
     "qwen3_vl_moe": "grid",
 }
+# Threads that decode images; more wait for each other.
+MOST_THREADS = 8
 # Of the picture with which the processor is tried.
 TRIED_SIZE = (64, 64)
 
@@ -71,6 +75,7 @@ class Seer:
     ) -> None:
         self.processor = processor
         self._spool = Spool(folder)
+        self._pool: ThreadPoolExecutor | None = None
         self.positions = POSITIONS.get(model_type)
         self.packs = self.positions is not None
         self.image_token_id = image_token_id
@@ -135,6 +140,24 @@ class Seer:
 
         return "".join(written), [(moved(start), moved(end)) for start, end in spans], shown
 
+    def look_at(self, refs: Iterable[ImageRef]) -> None:
+        """Decode the files that have not been looked at yet, several at once: Pillow lets go of the interpreter."""
+        new = list({ref.path: ref for ref in refs if ref.path is not None and ref.path not in self._sizes}.values())
+        if len(new) > 1:
+            for ref, known in zip(new, self._threads().map(self._examined, new), strict=True):
+                self._sizes[str(ref.path)] = known
+
+    def _examined(self, ref: ImageRef) -> tuple[int, int] | BadImageError:
+        try:
+            return images.examine(ref, self.max_image_pixels)
+        except BadImageError as error:
+            return error
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS), "images")
+        return self._pool
+
     def size(self, ref: ImageRef) -> tuple[int, int]:
         """Width and height of an image, which is decoded to see that it can be; each file once.
 
@@ -145,11 +168,7 @@ class Seer:
             return images.examine(ref, self.max_image_pixels)
         known = self._sizes.get(ref.path)
         if known is None:
-            try:
-                known = images.examine(ref, self.max_image_pixels)
-            except BadImageError as error:
-                known = error
-            self._sizes[ref.path] = known
+            known = self._sizes[ref.path] = self._examined(ref)
         if isinstance(known, BadImageError):
             raise BadImageError(str(known))
         return known
@@ -183,9 +202,12 @@ class Seer:
         """
         if not refs:
             return {}
-        pictures = [images.read(self._spool.content(ref), self.max_image_pixels) for ref in refs]
+        pictures = list(self._threads().map(self._picture, refs)) if len(refs) > 1 else [self._picture(refs[0])]
         _, made = self._asked(pictures, return_tensors="pt")
         return {key: value for key, value in made.items() if key not in TEXT_KEYS}
+
+    def _picture(self, ref: ImageRef) -> Any:
+        return images.read(self._spool.content(ref), self.max_image_pixels)
 
     def _asked(self, pictures: Sequence[Any], **settings: Any) -> tuple[str, Mapping[str, Any]]:
         """The processor's answer for pictures, and the text that it made of their marks."""

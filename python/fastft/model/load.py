@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastft import console
 from fastft.config import schema
@@ -26,6 +26,7 @@ from fastft.model import (
     quiet,
     speed,
     vision,
+    whole,
 )
 from fastft.model.quantization import Quantized
 from fastft.model.tokenizer import load_tokenizer, pad_id
@@ -144,8 +145,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
 
     quiet.hide_loading_bars()
     on = device.choose()
-    # What is true of dtypes with full is true with freeze.
-    kind = "full" if config.method.kind == "freeze" else config.method.kind
+    kind = weights_kind(config.method.kind)
     stored_4bit = quantization.of_checkpoint(base.config_json)
     if stored_4bit is not None and kind == "full":
         raise ConfigError(
@@ -158,8 +158,8 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if config.task == "reward":
         model_config.num_labels, model_config.pad_token_id = 1, pad_id(tokenizer)
     in_parts = config.vision is not None and config.vision.tower is not None
-    whole = config.vision is not None and not in_parts
-    model_class = vision.model_class() if whole else _model_class(config.task)
+    sees = config.vision is not None and not in_parts
+    as_class = vision.model_class() if sees else model_class(config.task)
     device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
     products = device.products_dtype(config.model.dtype, dtype, kind, on)
@@ -168,21 +168,21 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if fast.attention is not None:
         settings["attn_implementation"] = fast.attention
     if config.model.init == "random":
-        model = _draw(model_class, model_config, dtype, settings, config.train.seed)
+        model = _draw(as_class, model_config, dtype, settings, config.train.seed)
     else:
         if kind == "qlora" and stored_4bit is None:
             assert config.method.quantization is not None
-            skip = vision.unquantized(model_config) if whole else None
+            skip = vision.unquantized(model_config) if sees else None
             settings["quantization_config"] = quantization.settings(config.method.quantization, on, skip)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
         # A model that is shared out afterwards need not fit on the device; a 4-bit one is packed there.
         waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
-        places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on), model_class)
-        model = _read(model_class, base, model_config, dtype, settings=settings, places=places)
+        places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on), as_class)
+        model = _read(as_class, base, model_config, dtype, settings=settings, places=places)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
-        quantization.disable_cpu_repacking(model)
+        quantization.make_safe(model)
         quantized = quantization.describe(model)
     if in_parts:
         model = llava.read(config, model, tokenizer)
@@ -241,22 +241,27 @@ def checkpoint_dtype(base: Base) -> Any:
     return torch.float32
 
 
-def _model_class(task: schema.Task) -> Any:
+def weights_kind(kind: str) -> Literal["full", "lora", "qlora"]:
+    """The method whose rules of dtypes hold: what is true with full is true with freeze."""
+    return "lora" if kind == "lora" else "qlora" if kind == "qlora" else "full"
+
+
+def model_class(task: schema.Task) -> Any:
     """What transformers makes of a base: a model with a head for words, or for one number (task reward)."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
 
 
-def _draw(model_class: Any, model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
+def _draw(as_class: Any, model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
     from transformers import set_seed
 
     set_seed(seed)
-    return model_class.from_config(model_config, dtype=dtype, **settings)
+    return as_class.from_config(model_config, dtype=dtype, **settings)
 
 
 def _read(
-    model_class: Any,
+    as_class: Any,
     base: Base,
     model_config: Any,
     dtype: Any,
@@ -268,13 +273,18 @@ def _read(
     several = len(places) > 1
     if several:
         quantization.allow_parts_in_ram(settings.get("quantization_config"), model_config)
-    try:
-        with placement.without_offload_hooks() if several else nullcontext():
-            return model_class.from_pretrained(
-                base.weights_folder, config=model_config, dtype=dtype, **place, **settings
-            )
-    except (OSError, ValueError, KeyError) as cause:
-        raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
+    is_classifier = "SequenceClassification" in as_class.__name__
+    with placement.without_offload_hooks() if several else nullcontext():
+        return whole.read(
+            as_class,
+            base.weights_folder,
+            drawn=("score.weight",) if is_classifier else (),
+            dropped=("lm_head.weight",) if is_classifier else (),
+            config=model_config,
+            dtype=dtype,
+            **place,
+            **settings,
+        )
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, base: Base) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.config import schema
 from fastft.errors import ConfigError
-from fastft.model import device
+from fastft.model import device, unpacking
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,15 @@ def of_checkpoint(config_json: Mapping[str, Any]) -> Mapping[str, Any] | None:
         )
     assert isinstance(block, Mapping)
     return block
+
+
+def make_safe(model: "nn.Module") -> None:
+    """Keep bitsandbytes from two faults of its CPU code that would train or answer wrongly without a word.
+
+    Must run after loading and before the first forward.
+    """
+    disable_cpu_repacking(model)
+    unpacking.make_right(model)
 
 
 def disable_cpu_repacking(model: "nn.Module") -> int:

@@ -26,6 +26,7 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
     `base` (`name`: hub id or absolute folder; `folder`; `revision`; `model_type`: of the original files;
     `laid_out_from`: "internlm2" when it was read in the Llama layout, so that adapter names are Llama's),
     `llava` (of a LLaVA put together from parts: its tower and the layer that is used),
+    `pad_token_id` (of the model in the training; a reward model needs it to score several texts at once),
     `quantization` (None, or how the base was held: model.quantization.Quantized), `memory` (the switches in use:
     model.memory.Switches; head "nf4" means that the adapter learned behind a 4-bit head), `speed` (what made it
     faster: model.speed.Speed), `versions`.
@@ -48,6 +49,7 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
             "dtype": _dtype_of_base(loaded.model),
         },
         **_llava(config),
+        "pad_token_id": loaded.model.config.pad_token_id,
         "quantization": None if loaded.quantized is None else loaded.quantized.to_json(),
         "memory": loaded.memory.to_json(),
         "speed": loaded.speed.to_json(),
