@@ -49,7 +49,7 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
             "dtype": _dtype_of_base(loaded.model),
         },
         **_llava(config),
-        "pad_token_id": loaded.model.config.pad_token_id,
+        "pad_token_id": getattr(loaded.model.config.get_text_config(), "pad_token_id", None),
         "quantization": None if loaded.quantized is None else loaded.quantized.to_json(),
         "memory": loaded.memory.to_json(),
         "speed": loaded.speed.to_json(),
