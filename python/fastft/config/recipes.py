@@ -252,6 +252,14 @@ def source_settings(source: str) -> dict[str, Any] | None:
     return None
 
 
+def part_sources(name: str) -> list[dict[str, Any]]:
+    """The data sets of our part `configs/data/NAME.yaml`, each with how its rows are read."""
+    from fastft.config.tree import plain
+
+    found: list[dict[str, Any]] = plain(_part(f"data/{name}"))["data"]["train"]
+    return found
+
+
 @cache
 def _named() -> list[str]:
     """The recipes that have a file of their own."""

@@ -1,7 +1,7 @@
 """The vision tower of `fastft train demo_vision`: `python -m fastft.demo.tower FOLDER` makes it again.
 
 A CLIP tower with random weights that has seen nothing yet; `demo_vision` trains all of it. It is small enough to be
-shipped (about 0.2 MB in bf16).
+shipped (0.3 MB in bf16).
 """
 
 import argparse
@@ -28,6 +28,9 @@ def write(folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = CLIPVisionModel(CLIPVisionConfig(**CONFIG))
+        # As wide as what is seen in a patch: with CLIP's own start (0.02) the tower hardly knows where a patch lies, and
+        # 22 of 24 answers were right after 60 epochs; with this one 24 (2026-11-26).
+        torch.nn.init.normal_(model.embeddings.position_embedding.weight, std=0.5)
     model.to(torch.bfloat16).save_pretrained(folder)
     side = CONFIG["image_size"]
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

@@ -48,6 +48,7 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
             "laid_out_from": base.laid_out_from,
             "dtype": _dtype_of_base(loaded.model),
         },
+        **_llava(config),
         "pad_token_id": getattr(loaded.model.config, "pad_token_id", None),  # vision models keep none at the top
         "quantization": None if loaded.quantized is None else loaded.quantized.to_json(),
         "memory": loaded.memory.to_json(),
