@@ -167,9 +167,9 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
         config, work_dir, loaded, prepared, on_page, planned=choice.config, found=found, writes=writes
     )
 
-    artifact = work_dir / ("adapter" if config.method.has_adapter else "model")
+    artifact = work_dir / _artifact_name(config)
     if writes:
-        _write_result(artifact, work_dir, loaded, about, weights, processor_files=_processor_files(config, prepared))
+        _write_result(config, artifact, loaded, about, weights, processor_files=_processor_files(config, prepared))
         lines = metrics.read(work_dir / "metrics.jsonl")
         refresh.draw(work_dir, on_page, state="finished")
         loss = next((line["loss"] for line in reversed(lines) if "loss" in line), loss)
@@ -177,6 +177,13 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     console.note(f"done: {steps} steps in {seconds:.0f} s, loss {loss:.4f}")
     console.note(f"result: {artifact}\nplot:   {work_dir / 'loss.png'}\nreport: {work_dir / page.FILE_NAME}")
     return RunResult(work_dir, artifact, loss, steps, seconds)
+
+
+def _artifact_name(config: schema.Config) -> str:
+    """What the folder of the result is called in the run folder."""
+    if config.vision is not None and config.vision.tower is not None:
+        return "llava"
+    return "adapter" if config.method.has_adapter else "model"
 
 
 def _check_choices(config: schema.Config, processes: int) -> None:
@@ -232,7 +239,11 @@ def _processor_files(config: schema.Config, prepared: Prepared) -> Callable[[Pat
     read = prepared.words
 
     def write(place: Path) -> None:
-        if read.processor is not None:
+        if read.processor is None:
+            return
+        if config.vision is not None and config.vision.tower is not None:
+            read.processor.save_pretrained(place)
+        else:
             from fastft.model import processor
 
             processor.save(read.processor, place, prepared.base.weights_folder, config.vision)
@@ -429,8 +440,8 @@ def _disk_named(work_dir: Path) -> Iterator[None]:
 
 
 def _write_result(
+    config: schema.Config,
     artifact: Path,
-    work_dir: Path,
     loaded: model_load.Loaded,
     about: dict[str, Any],
     weights: Any,
@@ -438,15 +449,18 @@ def _write_result(
     processor_files: Callable[[Path], None],
 ) -> None:
     from fastft import publish
-    from fastft.training import record, trainer
+    from fastft.training import llava_result, record, trainer
 
     try:
         with publish.staged(artifact, force=True) as staging:
-            trainer.save_model(loaded.model, loaded.tokenizer, staging, weights)
-            lora_start.convert(staging, loaded.model)
+            if artifact.name == llava_result.NAME:
+                llava_result.write(config, loaded, staging, about, weights)
+            else:
+                trainer.save_model(loaded.model, loaded.tokenizer, staging, weights)
+                lora_start.convert(staging, loaded.model)
             record.write(staging, about)
             processor_files(staging)
-        record.write(work_dir, about)
+        record.write(artifact.parent, about)
     except OSError as cause:
         if isinstance(cause, FileError):
             raise
