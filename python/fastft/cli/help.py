@@ -39,7 +39,7 @@ def overview() -> str:
         *[_line(command) for command in table.COMMANDS],
         "",
         "First steps:  fastft train demo         trains a tiny model on this machine",
-        "              fastft train demo_vision  the same for a model that sees, five minutes",
+        "              fastft train demo_vision  a tiny model that sees, five minutes",
         "              fastft list-cfg -p qlora  recipes with `qlora` in their name",
         "              fastft help train         arguments and options of a command",
     ]
