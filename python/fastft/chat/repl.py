@@ -6,7 +6,7 @@ when stdin is no terminal, each question stands alone and only answers go to std
 
 import sys
 
-from fastft import console
+from fastft import console, stop
 from fastft.chat import session
 from fastft.data.dialogue import Message
 from fastft.errors import UsageError
@@ -34,7 +34,8 @@ def run(talk: session.Talk, sampling: session.Sampling, *, system: str | None = 
             raise UsageError("chat: --prompt is empty")
         return _answer_alone(talk, sampling, system, prompt)
     if sys.stdin.isatty():
-        return _converse(talk, sampling, system)
+        with stop.held():
+            return _converse(talk, sampling, system)
     for line in sys.stdin:
         if line.strip():
             code = _answer_alone(talk, sampling, system, line.rstrip("\n"))
@@ -45,7 +46,8 @@ def run(talk: session.Talk, sampling: session.Sampling, *, system: str | None = 
 
 def _answer_alone(talk: session.Talk, sampling: session.Sampling, system: str | None, text: str) -> int:
     try:
-        session.answer(talk, session.question(text, system), sampling, _write)
+        with stop.held():
+            session.answer(talk, session.question(text, system), sampling, _write)
     except KeyboardInterrupt:
         print()
         return 130
