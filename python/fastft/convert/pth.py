@@ -29,7 +29,7 @@ from fastft.convert.plan import OutputTensor, Shard, into_shards, natural_order,
 from fastft.convert.pth_reader import read_state_dict
 from fastft.convert.sidefiles import copy_side_files, side_files
 from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
-from fastft.convert.source import Fingerprint, Source, check_unchanged, fingerprint
+from fastft.convert.source import Fingerprint, Source, as_seen, check_unchanged, looked_at
 from fastft.convert.stream import write_shards
 from fastft.convert.target import check_target
 from fastft.convert.tied import find_tied
@@ -109,6 +109,7 @@ class _Job:
     names: Mapping[str, Source]
     base: Checkpoint | None
     dtype: str | None
+    fingerprints: tuple[Fingerprint, ...]
 
 
 def plan(
@@ -138,6 +139,7 @@ def plan(
     if save_format not in ("xtuner", "huggingface"):
         raise UsageError(f"--save-format {save_format!r} is not allowed; use xtuner or huggingface")
     wanted = output_dtype(dtype)
+    seen = looked_at(pth.resolve())
     trained = _read(pth)
     names = {_plain_name(name): source for name, source in trained.tensors.items()}
     if len(names) != len(trained.tensors):
@@ -150,7 +152,8 @@ def plan(
         )
     is_adapter = any(map(_LORA.search, names))
     base = _base(config, needed=not is_adapter and trained.folder is None)
-    job = _Job(config, pth, trained, names, None if base is None else read_checkpoint(base), wanted)
+    checkpoint = None if base is None else read_checkpoint(base)
+    job = _Job(config, pth, trained, names, checkpoint, wanted, as_seen(seen, trained.files))
     made = _adapter_plan(job) if is_adapter else _model_plan(job, max_shard_size_bytes)
     texts = {**made.texts, COPIED_CONFIG: show.flat_yaml(config).encode()}
     return replace(made, texts=texts)
@@ -168,7 +171,7 @@ def execute(plan: PthPlan, save_path: Path, *, force: bool = False) -> PthReport
     for note in plan.notes:
         console.note(note)
     single = ADAPTER_WEIGHTS if plan.kind == "adapter" else "model.safetensors"
-    with publish.staged(save_path, force=force) as stage:
+    with publish.staged(save_path, force=force, num_bytes=plan.num_bytes) as stage:
         streamed = write_shards(plan.shards, stage, "converting", single=single)
         copy_side_files(dict(plan.side_files), stage)
         for name, content in plan.texts.items():
@@ -194,7 +197,7 @@ def _read(pth: Path) -> _Trained:
     if pth.is_dir():
         return _read_folder(pth.resolve())
     if pth.suffix == ".safetensors":
-        return _Trained(read_safetensors(pth), (pth,), None)
+        return _Trained(read_safetensors(pth), (pth.resolve(),), None)
     state = read_state_dict(pth)
     notes = (f"{len(state.skipped)} entries of {pth.name} hold no tensor and are left out",) if state.skipped else ()
     return _Trained(state.tensors, (state.path,), None, notes)
@@ -372,5 +375,4 @@ def _without_tied_head(
 
 
 def _fingerprints(job: _Job) -> tuple[Fingerprint, ...]:
-    own = tuple(fingerprint(path) for path in job.trained.files)
-    return own if job.base is None else (*own, *job.base.fingerprints)
+    return job.fingerprints if job.base is None else (*job.fingerprints, *job.base.fingerprints)

@@ -4,6 +4,8 @@ Made by the readers of checkpoint folders, adapters and .pth files; used in ever
 safetensors names them.
 """
 
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -154,6 +156,30 @@ def fingerprint(path: Path) -> Fingerprint:
     return Fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
+def looked_at(place: Path) -> dict[Path, Fingerprint]:
+    """Note how a file, or each file of a folder, looks before anything in it is read: headers belong to that state."""
+    if not place.is_dir():
+        return {place: fingerprint(place)} if place.exists() else {}
+    with os.scandir(place) as entries:
+        return {Path(entry.path): fingerprint(Path(entry.path)) for entry in entries if entry.is_file()}
+
+
+def as_seen(seen: Mapping[Path, Fingerprint], files: Iterable[Path]) -> tuple[Fingerprint, ...]:
+    """Give how files looked before they were read.
+
+    Raises:
+        FileError: a file was not there then.
+    """
+    try:
+        return tuple(seen[file] for file in files)
+    except KeyError as error:
+        raise _changed(Path(error.args[0])) from None
+
+
+def _changed(path: Path) -> FileError:
+    return FileError(f"{path}: changed while it was being read; run again when nothing writes to it")
+
+
 def check_unchanged(fingerprints: tuple[Fingerprint, ...]) -> None:
     """Refuse when an input was written to while it was read.
 
@@ -162,7 +188,7 @@ def check_unchanged(fingerprints: tuple[Fingerprint, ...]) -> None:
     """
     for before in fingerprints:
         if fingerprint(before.path) != before:
-            raise FileError(f"{before.path}: changed while it was being read; run again when nothing writes to it")
+            raise _changed(before.path)
 
 
 def read_bytes(source: Source, start: int = 0, count: int | None = None) -> bytes:

@@ -461,8 +461,10 @@ def _documents(source: Source, place: Located, encoder: Encoder) -> tuple[Docume
 
     entry = cache.entry(encoder.cache, source, place.files, encoder.identity)
     if entry is None:
+        inputs = {file: cache.fingerprint(file) for file in place.files}
         with Store() as collected:
             report = make(collected)
+            cache.require_unchanged(inputs)
             return collected.documents(), report
     documents, report = entry.get(make)
     if report.skipped and not encoder.skip:
