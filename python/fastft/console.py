@@ -1,7 +1,7 @@
 """What fastft says to the person at the terminal.
 
 Results go to stdout (`result`), so that they can be piped; notes, warnings and progress go to stderr. Colour and
-moving bars appear only on a terminal; elsewhere `progress` writes a plain line now and then.
+moving bars appear only on a terminal; elsewhere `progress` writes a plain line now and then. No token leaves through here.
 """
 
 import sys
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from fastft import stop
+from fastft.config.mask import masked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,8 +52,8 @@ def stdout() -> "Console":
 
 
 def result(text: str) -> None:
-    """Print a line that the user asked for, on stdout, as it is."""
-    print(text)
+    """Print a line that the user asked for, on stdout, as it is but for secrets."""
+    print(masked(text))
 
 
 def note(text: str) -> None:
@@ -78,7 +79,8 @@ def error(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped (names in hostile files may hold terminal codes)."""
+    """`text` without secrets, with control characters escaped (names in hostile files may hold terminal codes)."""
+    text = masked(text)
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -211,7 +211,7 @@ def test_a_substring_comes_before_what_is_alike():
 def test_names_read_quickly_are_those_that_yaml_holds():
     for path in CONFIGS.glob("models/*.yaml"):
         family = tree.plain(tree.parse(path.read_text(encoding="utf-8"), str))
-        assert family.keys() <= {"base", "chat", "scratch", "all"}
+        assert family.keys() <= {"base", "chat", "scratch", "vision", "all"}
         for kind in family.keys() - {"all"}:
             quick = {name for name, part in recipes.models().items() if part.family == path.stem and part.kind == kind}
             assert quick == family[kind].keys(), path
@@ -253,3 +253,18 @@ def test_listing_imports_no_yaml_no_pydantic_no_torch():
     environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parent.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"
+
+
+def test_models_that_see_are_listed_with_images_only():
+    for name in recipes.names():
+        if name == "demo":
+            continue
+        recipe = recipes.parts(name)
+        sees = recipe.model.kind == "vision" or recipe.model.name in recipes.ALSO_SEE
+        assert sees or not recipe.data.sees, name
+        assert recipe.model.kind != "vision" or recipe.data.sees, name
+    config = load("gemma3_4b_it_qlora_custom_vision_e1").config
+    assert config.vision == schema.Vision()
+    assert load("gemma3_4b_it_qlora_alpaca_e3").config.vision is None
+    # A model that only its own class reads learns from text too, when it is asked to.
+    assert load("qwen2_5_vl_3b_instruct_lora_alpaca").config.vision == schema.Vision()

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 import tiny_run
+import tiny_vision
 from fastft.config import recipes
+from fastft.config.load import load
 from fastft.training import run
 
 SIZES: dict[str, Any] = {
@@ -47,13 +49,41 @@ FAMILIES = {
 }
 # Code of its own, which no test runs.
 REMOTE = {"chatglm3"}
+# Families of models that see, as `tiny_vision` calls their kind, and a method.
+VISION = {
+    "internvl3": ("internvl", "lora"),
+    "llava1_5": ("llava", "qlora"),
+    "llava1_6": ("llava_next", "lora"),
+    "qwen2_vl": ("qwen2_vl", "full"),
+    "qwen2_5_vl": ("qwen2_5_vl", "qlora"),
+    "qwen3_vl": ("qwen3_vl", "lora"),
+    "gemma3": ("gemma3", "lora"),
+}
 # Which run in every test; the others in `make test-all`.
-QUICK = {"demo", "gemma3", "qwen2_5", "phi3"}
+QUICK = {"demo", "gemma3", "qwen2_5", "phi3", "qwen2_5_vl"}
 
 
 def test_no_family_is_forgotten() -> None:
     families = {path.stem for path in recipes.FOLDER.glob("models/*.yaml")}
-    assert families == FAMILIES.keys() | REMOTE
+    assert families == FAMILIES.keys() | VISION.keys() | REMOTE
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in VISION]
+)
+def test_a_step_with_images(family: str, tmp_path: Path) -> None:
+    """The recipe as it is listed, with a tiny model and drawn images in place of the real ones."""
+    kind, method = VISION[family]
+    name = next(name for name in recipes.search(f"{family} {method} custom_vision") if f"_{method}_" in name)
+    assert recipes.parts(name).model.family == family
+    model = tiny_vision.write_model(kind, tmp_path / "model")
+    rows = tiny_vision.write_rows(tmp_path)
+    words = [f"model.name={model}", f"data.train.0.source={rows}", "train.max_steps=1", "train.grad_accumulation=1"]
+    done = run.run(load(name, words).config, work_dir=tmp_path / "run")
+    (line,) = [json.loads(line) for line in (done.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert line["loss"] > 0
+    assert line["grad_norm"] > 0
+    assert list(done.artifact.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(

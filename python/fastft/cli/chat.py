@@ -10,6 +10,7 @@ def chat(
     *,
     adapter: str | None = None,
     prompt: str | None = None,
+    image: tuple[str, ...] = (),
     system: str | None = None,
     bits: Literal["4"] | None = None,
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
@@ -22,12 +23,14 @@ def chat(
 ) -> Job:
     """Talk to a model, with or without an adapter.
 
-    On a terminal you talk in turns; otherwise each line of stdin is a question.
+    On a terminal you talk in turns; otherwise each line of stdin is a question. Images stand before the first question
+    of a conversation; on a terminal, IMAGE FILE shows another one with the next question.
 
     Args:
         model: folder or hub id of a model, or folder of an adapter
         adapter: folder of an adapter to put on the model
         prompt: answer this and end
+        image: file to show to a vision-language model; may be given several times
         system: system message
         bits: 4 holds the weights in NF4
         dtype: of the weights
@@ -50,7 +53,10 @@ def chat(
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
+        images = [session.image(path) for path in image]
+        for shown in images:
+            session.look(shown)  # before gigabytes of weights are read
         talk = session.load(model, adapter=adapter, bits=int(bits) if bits else None, dtype=dtype)
-        return repl.run(talk, sampling, system=system, prompt=prompt)
+        return repl.run(talk, sampling, system=system, prompt=prompt, images=images)
 
     return Job(run)

@@ -14,7 +14,19 @@ from typing import Any, Literal
 from fastft import console
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
-from fastft.model import adapter, device, freeze, lora_start, memory, placement, quantization, quiet, speed, whole
+from fastft.model import (
+    adapter,
+    device,
+    freeze,
+    lora_start,
+    memory,
+    placement,
+    quantization,
+    quiet,
+    speed,
+    vision,
+    whole,
+)
 from fastft.model.quantization import Quantized
 from fastft.model.tokenizer import load_tokenizer, pad_id
 
@@ -147,7 +159,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     model_config = read_model_config(base, **settings)
     if config.task == "reward":
         model_config.num_labels, model_config.pad_token_id = 1, pad_id(tokenizer)
-    as_class = model_class(config.task)
+    as_class = vision.model_class() if config.vision is not None else model_class(config.task)
     device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
     products = device.products_dtype(config.model.dtype, dtype, kind, on)
@@ -160,12 +172,13 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     else:
         if kind == "qlora" and stored_4bit is None:
             assert config.method.quantization is not None
-            settings["quantization_config"] = quantization.settings(config.method.quantization, on)
+            skip = vision.unquantized(model_config) if config.vision is not None else None
+            settings["quantization_config"] = quantization.settings(config.method.quantization, on, skip)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
         # A model that is shared out afterwards need not fit on the device; a 4-bit one is packed there.
         waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
-        places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on))
+        places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on), as_class)
         model = _read(as_class, base, model_config, dtype, settings=settings, places=places)
     check_unchanged(tuple(found for path, found in seen.items() if path.suffix in (".safetensors", ".bin", ".json")))
     _check_vocabulary(model, tokenizer, base)
@@ -175,8 +188,11 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         quantized = quantization.describe(model)
     speed.install(model, fast)
     if config.method.lora is not None:
-        model = adapter.attach(model, config.method.lora, base.name, config.task)
+        learn = None if config.vision is None else config.vision.learn
+        model = adapter.attach(model, config.method.lora, base.name, config.task, learn)
         lora_start.start(model, config.method.lora, base.weights_folder)
+    elif config.vision is not None:
+        vision.freeze(model, config.vision.learn)
     if config.method.trained_layers is not None:
         freeze.freeze(model, config.method.trained_layers)
     switches = memory.choose(config, memory.facts_of(model, on), on)

@@ -45,8 +45,10 @@ class Quantized:
         return {**asdict(self), "skip": list(self.skip)}
 
 
-def settings(quantization: schema.Quantization, on: "torch.device") -> Any:
+def settings(quantization: schema.Quantization, on: "torch.device", skip: list[str] | None = None) -> Any:
     """Transformers' BitsAndBytesConfig for a schema block; the compute dtype is always set.
+
+    `skip` names the modules that stay as they are, the head among them; None: transformers' choice.
 
     (Its default, fp32, has no fused kernel on CUDA and says nothing about it: spec training.md 7.)
     """
@@ -57,6 +59,7 @@ def settings(quantization: schema.Quantization, on: "torch.device") -> Any:
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=device.compute_dtype(quantization.compute_dtype, on),
+        llm_int8_skip_modules=skip,
     )
 
 

@@ -49,10 +49,8 @@ class CheckpointReader(Mapping[str, Array]):
         threads: int | None,
     ) -> None:
         self._sources = dict(sources)
-        # Sources name the files that links point to.
-        by_file = {path.resolve(): found for path, found in seen.items()}
         files = {source.file for source in self._sources.values()}
-        self._fingerprints = dict(zip(files, as_seen(by_file, files), strict=True))
+        self._fingerprints = dict(zip(files, as_seen(seen, files), strict=True))
         self._kind, self._bits, self._threads = kind, bits, threads
 
     def __len__(self) -> int:

@@ -47,7 +47,7 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
             "laid_out_from": base.laid_out_from,
             "dtype": _dtype_of_base(loaded.model),
         },
-        "pad_token_id": loaded.model.config.pad_token_id,
+        "pad_token_id": getattr(loaded.model.config, "pad_token_id", None),  # a LLaVA has it in its parts
         "quantization": None if loaded.quantized is None else loaded.quantized.to_json(),
         "memory": loaded.memory.to_json(),
         "speed": loaded.speed.to_json(),

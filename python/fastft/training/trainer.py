@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from fastft import console
 from fastft.config import schema
 from fastft.errors import TrainingError
-from fastft.model import adapter, memory, speed
+from fastft.model import adapter, memory, speed, vision
 from fastft.training import checkpoint, deepspeed, groups, loss, sharding
 from fastft.training.batches import EpochBatches, EpochLoader
 from fastft.training.host_checkpoints import HostCheckpoints
@@ -91,7 +91,8 @@ def arguments(
         dataloader_pin_memory=on.type in {"cuda", "xpu"},
         remove_unused_columns=False,
         label_names=["labels"],
-        ddp_find_unused_parameters=False,
+        # A batch of text alone leaves a projector and a tower out.
+        ddp_find_unused_parameters=config.vision is not None and vision.trains_vision(config.vision.learn),
         deepspeed=deepspeed.settings(config) if config.distributed.deepspeed is not None else None,
     )
     if made.n_gpu > 1:
