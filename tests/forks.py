@@ -185,7 +185,8 @@ class Forks:
 
     def __init__(self, modules: Sequence[str] = (), path: Path | None = None) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        environment |= {} if path is None else {"PYTHONPATH": str(path)}
+        if path is not None:
+            environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._server = subprocess.Popen(
             [sys.executable, __file__, *modules],
             stdin=subprocess.PIPE,

@@ -55,6 +55,7 @@ def fail_at_each_call(server: Forks, place: Place, number: int, *, lasting: bool
             assert leftovers(place.folder) == [], what
         if failed is None:
             assert done.code == 0, what
+            print(f"{(call - 1) // stride} calls failed with {os.strerror(number)}")
             return call
         call += stride
 

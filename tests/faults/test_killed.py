@@ -33,6 +33,7 @@ def kill_at_random(server: Forks, place: Place, num_kills: int) -> None:
         num_killed += done.code != 0
         num_staged += staging(place.folder) != []
         place.look(f"kill {number} of {num_kills}")
+    print(f"{num_kills} kills: {num_killed} before the end, {num_staged} left a staging folder")
     # Fewer, and the test would say little about the writing.
     assert num_killed >= num_kills // 3, f"only {num_killed} of {num_kills} runs were killed"
     assert num_staged >= num_kills // 10, f"only {num_staged} of {num_kills} kills left a staging folder"
@@ -65,6 +66,7 @@ def kill_at_each_call(server: Forks, place: Place, stride: int = 1) -> int:
         call += stride
     place.put_back()
     place.finish(server)
+    print(f"killed at {(call - 1) // stride} calls")
     return call
 
 

@@ -102,6 +102,7 @@ def check_cuts(
         if done.code == 0:
             assert is_new, "a run that ended with 0 is gone"
             disk.unplug()
+            print(f"{num_cuts} power cuts")
             return num_cuts
         again = server.run(words)
         assert again.code == 0, again.err

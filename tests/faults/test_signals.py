@@ -27,7 +27,7 @@ def stop_at_random(server: Forks, place: Place, num_stops: int) -> int:
     place.standing = 0
     total_s = time.monotonic() - started
     dice = random.Random(num_stops)
-    num_stopped = 0
+    num_stopped, slowest_s = 0, 0.0
     for number in range(num_stops):
         sent = dice.choice(list(SIGNALS))
         done = server.run(place.words(), after_s=dice.uniform(0, total_s), signal=sent)
@@ -39,6 +39,8 @@ def stop_at_random(server: Forks, place: Place, num_stops: int) -> int:
             num_stopped += not is_new  # else it came while the old result was removed
             assert done.err.splitlines()[-1] == "stopped"
             assert done.seconds < MOST_S
+            slowest_s = max(slowest_s, done.seconds)
+    print(f"{num_stops} stops, {num_stopped} before the end; the slowest went after {slowest_s:.2f} s")
     return num_stopped
 
 

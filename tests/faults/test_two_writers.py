@@ -41,6 +41,7 @@ def race(server: Forks, place: Place, num_trials: int, *, paused: bool) -> int:
             winner = first if ended[0].code == 0 else second
             assert found == place.case.whole[winner], f"trial {trial}: the loser's result is there"
         assert leftovers(place.folder) == []
+    print(f"{num_trials} races, {num_refused} writers refused")
     return num_refused
 
 
@@ -112,6 +113,7 @@ def check_readers(server: Forks, medium: Sources, tmp_path: Path, num_replacemen
             assert any(word in reader.err for word in ("changed while", "missing", "No such file")), reader.err
             assert "Traceback" not in reader.err
         shutil.rmtree(tmp_path / "read", ignore_errors=True)
+    print(f"{num_read} read whole, {num_noticed} noticed")
     assert num_read > 0
     assert num_noticed > 0, "no reader met a replacement"
 
