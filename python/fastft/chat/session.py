@@ -164,13 +164,13 @@ def load(
             raise ConfigError(f"chat {model}: this is an adapter already; give its base model with --adapter {adapter}")
         adapter, model = str(wanted), _base_of(wanted)
         console.note(f"chat: {adapter} is an adapter; its base is {model}")
-        base = _locate(model, hub, f"the base of adapter {adapter}")
+        base = locate(model, hub, f"the base of adapter {adapter}")
     else:
-        base = _locate(model, hub, None)
+        base = locate(model, hub, None)
     words, seer = _words(base, None if adapter is None else Path(adapter))
-    loaded = _read(base, bits, dtype)
+    loaded = read(base, bits, dtype)
     if adapter is not None:
-        loaded = _with_adapter(loaded, Path(adapter))
+        loaded = with_adapter(loaded, Path(adapter))
     loaded.eval()
     talk = Talk(loaded, words, seer=seer)
     if talk.template is None:
@@ -268,7 +268,12 @@ def _generation(talk: Talk, sampling: Sampling) -> Any:
     )
 
 
-def _locate(model: str, hub: str, role: str | None) -> model_load.Base:
+def locate(model: str, hub: str, role: str | None) -> model_load.Base:
+    """Find a model by its folder or id; `role` says what it is for, where it is not the one that was asked for.
+
+    Raises:
+        HubError: it cannot be found.
+    """
     try:
         return model_load.locate(schema.Model.model_validate({"name": model, "hub": hub}))
     except HubError as cause:
@@ -310,7 +315,12 @@ def _words(base: model_load.Base, adapter: Path | None) -> "tuple[Any, Seer | No
     return made.tokenizer, Seer(made, token, schema.Vision(), kind)
 
 
-def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
+def read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
+    """Read the weights of a model to talk to; `bits` and `dtype` as in `load`.
+
+    Raises:
+        CheckpointError: they cannot be read, or the model does not talk.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -335,7 +345,12 @@ def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     return model
 
 
-def _with_adapter(model: Any, adapter: Path) -> Any:
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """Put an adapter onto a model; gives peft's model.
+
+    Raises:
+        CheckpointError: it is none, does not fit, or does not talk.
+    """
     from peft import PeftModel
 
     if not (adapter / "adapter_config.json").is_file():

@@ -18,6 +18,7 @@ from fastft.model import (
     adapter,
     device,
     freeze,
+    llava,
     lora_start,
     memory,
     placement,
@@ -159,7 +160,9 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     model_config = read_model_config(base, **settings)
     if config.task == "reward":
         model_config.num_labels, model_config.pad_token_id = 1, pad_id(tokenizer)
-    as_class = vision.model_class() if config.vision is not None else model_class(config.task)
+    in_parts = config.vision is not None and config.vision.tower is not None
+    sees = config.vision is not None and not in_parts
+    as_class = vision.model_class() if sees else model_class(config.task)
     device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
     products = device.products_dtype(config.model.dtype, dtype, kind, on)
@@ -172,7 +175,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     else:
         if kind == "qlora" and stored_4bit is None:
             assert config.method.quantization is not None
-            skip = vision.unquantized(model_config) if config.vision is not None else None
+            skip = vision.unquantized(model_config) if sees else None
             settings["quantization_config"] = quantization.settings(config.method.quantization, on, skip)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
@@ -181,11 +184,13 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on), as_class)
         model = _read(as_class, base, model_config, dtype, settings=settings, places=places)
     check_unchanged(tuple(found for path, found in seen.items() if path.suffix in (".safetensors", ".bin", ".json")))
-    _check_vocabulary(model, tokenizer, base)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
         quantization.make_safe(model)
         quantized = quantization.describe(model)
+    if in_parts:
+        model = llava.read(config, model, tokenizer)
+    _check_vocabulary(model, tokenizer, base)
     speed.install(model, fast)
     if config.method.lora is not None:
         learn = None if config.vision is None else config.vision.learn
@@ -193,6 +198,8 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         lora_start.start(model, config.method.lora, base.weights_folder)
     elif config.vision is not None:
         vision.freeze(model, config.vision.learn)
+    if config.vision is not None:
+        vision.freeze_unused(model)
     if config.method.trained_layers is not None:
         freeze.freeze(model, config.method.trained_layers)
     switches = memory.choose(config, memory.facts_of(model, on), on)

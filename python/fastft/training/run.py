@@ -166,14 +166,14 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     if writes:
         _require_space(work_dir, loaded.model, config)
     on_page = page.About(config, steps, prepared.data.report.lines(), about)
-    artifact = work_dir / ("adapter" if config.method.has_adapter else "model")
+    artifact = work_dir / _artifact_name(config)
     with _failure_on_page(work_dir, on_page, writes=writes):
         loss, weights = _train(
             config, work_dir, loaded, prepared, on_page, planned=choice.config, found=found, writes=writes
         )
         if writes:
             files = _processor_files(config, prepared)
-            _write_result(artifact, work_dir, loaded, about, weights, processor_files=files)
+            _write_result(config, artifact, loaded, about, weights, processor_files=files)
     if writes:
         lines = metrics.read(work_dir / "metrics.jsonl")
         refresh.draw(work_dir, on_page, state="finished")
@@ -182,6 +182,13 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     console.note(f"done: {steps} steps in {seconds:.0f} s, loss {loss:.4f}")
     console.note(f"result: {artifact}\nplot:   {work_dir / 'loss.png'}\nreport: {work_dir / page.FILE_NAME}")
     return RunResult(work_dir, artifact, loss, steps, seconds)
+
+
+def _artifact_name(config: schema.Config) -> str:
+    """What the folder of the result is called in the run folder."""
+    if config.vision is not None and config.vision.tower is not None:
+        return "llava"
+    return "adapter" if config.method.has_adapter else "model"
 
 
 def _check_choices(config: schema.Config, processes: int) -> None:
@@ -237,7 +244,11 @@ def _processor_files(config: schema.Config, prepared: Prepared) -> Callable[[Pat
     read = prepared.words
 
     def write(place: Path) -> None:
-        if read.processor is not None:
+        if read.processor is None:
+            return
+        if config.vision is not None and config.vision.tower is not None:
+            read.processor.save_pretrained(place)
+        else:
             from fastft.model import processor
 
             processor.save(read.processor, place, prepared.base.weights_folder, config.vision)
@@ -450,24 +461,27 @@ def _failure_on_page(work_dir: Path, on_page: Any, *, writes: bool) -> Iterator[
 
 
 def _write_result(
+    config: schema.Config,
     artifact: Path,
-    work_dir: Path,
     loaded: model_load.Loaded,
     about: dict[str, Any],
     weights: Any,
     *,
     processor_files: Callable[[Path], None],
 ) -> None:
-    from fastft.training import checkpoint, record, trainer
+    from fastft.training import checkpoint, llava_result, record, trainer
 
     try:
         num_bytes = _trained_weights(loaded.model) * _RESULT_BYTES
         with publish.staged(artifact, force=True, num_bytes=num_bytes) as staging, checkpoint.disk_errors():
-            trainer.save_model(loaded.model, loaded.tokenizer, staging, weights)
-            lora_start.convert(staging, loaded.model)
+            if artifact.name == llava_result.NAME:
+                llava_result.write(config, loaded, staging, about, weights)
+            else:
+                trainer.save_model(loaded.model, loaded.tokenizer, staging, weights)
+                lora_start.convert(staging, loaded.model)
             record.write(staging, about)
             processor_files(staging)
-        record.write(work_dir, about)
+        record.write(artifact.parent, about)
     except FileError as cause:
         raise FileError(f"result: {cause}; the last checkpoint is whole: run again with --resume auto") from cause
 
