@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from fastft import stop
 from fastft.config.mask import masked
 
 if TYPE_CHECKING:
@@ -206,11 +207,12 @@ def progress(what: str, total: float, unit: str = "", start: float = 0) -> Itera
             shown = True
         bar.update(task, completed=done, text=text)
 
-    try:
-        yield advance
-    finally:
-        if shown:
-            bar.stop()
+    with stop.held():  # the bar has hidden the cursor
+        try:
+            yield advance
+        finally:
+            if shown:
+                bar.stop()
 
 
 def _plain_lines(what: str, total: float, unit: str, started: float, start: float) -> Advance:

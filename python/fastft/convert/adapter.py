@@ -7,7 +7,7 @@ PEFT's own classes (`peft_modules`), which check them.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from fastft.convert import peft_kinds
 from fastft.convert.folder import existing_folder, read_safetensors
 from fastft.convert.json_file import read_object
-from fastft.convert.source import FLOATS, Fingerprint, Source, fingerprint
+from fastft.convert.source import FLOATS, Fingerprint, Source, as_seen, looked_at
 from fastft.errors import CheckpointError, FileError, PlanError
 
 CONFIG = "adapter_config.json"
@@ -171,6 +171,7 @@ def read_adapter(folder: Path, *, base_is_residual: bool = False) -> Adapter:
         PlanError: a setting that has no right merge here; the message says what to do instead.
     """
     folder = existing_folder(folder, "the adapter")
+    seen = looked_at(folder)
     config_path, weights_path = folder / CONFIG, folder / WEIGHTS
     if not config_path.exists():
         raise FileError(f"{folder}: no {CONFIG} there; give the folder of a PEFT adapter{_nearby(folder)}")
@@ -189,7 +190,8 @@ def read_adapter(folder: Path, *, base_is_residual: bool = False) -> Adapter:
         raise FileError(f"{folder}: no {WEIGHTS} there")
     training_path = folder / TRAINING
     training = read_object(training_path) if training_path.exists() else None
-    return understood(tensors, config, weights_path, files=(config_path, weights_path), training=training)
+    files = (config_path, weights_path, *(() if training is None else (training_path,)))
+    return understood(tensors, config, weights_path, fingerprints=as_seen(seen, files), training=training)
 
 
 def understood(
@@ -197,7 +199,7 @@ def understood(
     config: Mapping[str, Any],
     path: Path,
     *,
-    files: Sequence[Path] = (),
+    fingerprints: tuple[Fingerprint, ...] = (),
     training: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """Give each tensor of an adapter its meaning.
@@ -206,7 +208,7 @@ def understood(
         tensors: by their names in the file, with or without the prefixes of PEFT, FSDP, compile and DDP.
         config: the settings of adapter_config.json, checked by `check_config`.
         path: the file that they are in, for the error texts.
-        files: what was read.
+        fingerprints: of the files that were read.
         training: fastft_training.json.
 
     Raises:
@@ -215,7 +217,6 @@ def understood(
     """
     if not tensors:
         raise CheckpointError(f"{path}: no tensors in it; the adapter is empty")
-    fingerprints = tuple(fingerprint(file) for file in files)
     if config["peft_type"] != "LORA":
         replaced, token_rows, rest = _sort_other_tensors(tensors, str(config["peft_type"]), path)
         return Adapter(path.parent, config, {}, replaced, token_rows, training, fingerprints, peft_tensors=rest)

@@ -13,7 +13,7 @@ from typing import Any
 from fastft import _native
 from fastft.convert import bitsandbytes_layout
 from fastft.convert.json_file import read_object
-from fastft.convert.source import Fingerprint, Source, fingerprint
+from fastft.convert.source import Fingerprint, Source, as_seen, looked_at
 from fastft.errors import CheckpointError, FileError, PlanError
 
 SINGLE = "model.safetensors"
@@ -69,6 +69,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         PlanError: the weights are quantized, and not to 4 bit by bitsandbytes.
     """
     folder = existing_folder(folder, "the base model")
+    seen = looked_at(folder)
     config_path = folder / "config.json"
     if not config_path.exists():
         raise FileError(f"{folder}: no config.json there; give the folder of a model in Hugging Face's layout")
@@ -85,8 +86,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: holds 4-bit weights, but config.json has no quantization_config that says so; add the one that"
             " they were saved with"
         )
-    fingerprints = tuple(fingerprint(path) for path in (config_path, *files))
-    return Checkpoint(folder, config, tensors, fingerprints, quantization)
+    return Checkpoint(folder, config, tensors, as_seen(seen, (config_path, *files)), quantization)
 
 
 def existing_folder(folder: Path, what: str) -> Path:

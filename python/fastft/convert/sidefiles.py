@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fastft.convert.json_file import read_object
+from fastft.convert.source import check_unchanged, fingerprint
 from fastft.errors import FileError
 
 _TOKENIZER = (
@@ -68,7 +69,7 @@ def copy_side_files(chosen: dict[str, Path], folder: Path) -> None:
     """Copy side files into a new folder; links are followed, rights and times are not carried over.
 
     Raises:
-        FileError: a file cannot be read or written.
+        FileError: a file cannot be read or written, or changed while it was copied.
     """
     for name, path in chosen.items():
         try:
@@ -76,7 +77,9 @@ def copy_side_files(chosen: dict[str, Path], folder: Path) -> None:
                 (folder / name).mkdir()
                 copy_side_files({child.name: child for child in sorted(path.iterdir())}, folder / name)
             elif path.is_file():
+                before = fingerprint(path)
                 shutil.copyfile(path, folder / name)
+                check_unchanged((before,))
             else:
                 raise FileError(f"{path}: not a regular file; it cannot be copied")
         except OSError as error:

@@ -140,10 +140,13 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     Raises:
         ConfigError: the method does not fit the checkpoint.
         CheckpointError: weights or config cannot be read, or the tokenizer knows more tokens than the model.
+        FileError: the folder changed while it was read.
     """
-    quiet.prepare_libraries()
+    from fastft.convert.source import check_unchanged, looked_at
 
+    quiet.prepare_libraries()
     quiet.hide_loading_bars()
+    seen = looked_at(base.weights_folder)
     on = device.choose()
     kind = weights_kind(config.method.kind)
     stored_4bit = quantization.of_checkpoint(base.config_json)
@@ -180,6 +183,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
         places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on), as_class)
         model = _read(as_class, base, model_config, dtype, settings=settings, places=places)
+    check_unchanged(tuple(found for path, found in seen.items() if path.suffix in (".safetensors", ".bin", ".json")))
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
         quantization.make_safe(model)

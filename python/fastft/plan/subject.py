@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastft import stop
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
 from fastft.model import load as model_load
@@ -72,7 +73,7 @@ def _read_as(config: schema.Config, kind: str, config_json: Mapping[str, Any]) -
         )
     if config.task == "reward" and kind not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise ConfigError(f"plan: transformers has no classifier of type {kind}, so no reward model is made of it")
-    with tempfile.TemporaryDirectory() as folder:
+    with stop.held(), tempfile.TemporaryDirectory() as folder:
         content = {key: value for key, value in config_json.items() if key != "auto_map"}
         (Path(folder) / "config.json").write_text(json.dumps(content))
         try:
