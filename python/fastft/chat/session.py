@@ -4,7 +4,7 @@ The template is the one that lies with the model, so training and chat cannot di
 adapter folder (its base is found by what adapter_config.json says) or a hub id; `answer` streams one answer.
 """
 
-import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,14 @@ from typing import Any
 
 from fastft import console
 from fastft.config import schema
+from fastft.convert.json_file import read_object
 from fastft.data.dialogue import Message
 from fastft.data.template import ChatTemplate
 from fastft.errors import CheckpointError, ConfigError, HubError
-from fastft.model import device, quantization, quiet, tokenizer
+from fastft.model import device, folder_check, quantization, quiet, tokenizer
 from fastft.model import load as model_load
+
+_MAX_RANK = 65536
 
 OnText = Callable[[str], None]
 
@@ -139,12 +142,13 @@ def answer(talk: Talk, messages: Sequence[Message] | str, sampling: Sampling, on
     streamer = _Stream(talk.tokenizer, on_text)
     with device.same_random(talk.model.device), torch.no_grad():
         torch.manual_seed(sampling.seed)
-        talk.model.generate(
-            input_ids=ids_1T,
-            attention_mask=torch.ones_like(ids_1T),
-            generation_config=_generation(talk, sampling),
-            streamer=streamer,
-        )
+        with folder_check.library_errors("chat: the model cannot answer (do its weights hold undefined numbers?)"):
+            talk.model.generate(
+                input_ids=ids_1T,
+                attention_mask=torch.ones_like(ids_1T),
+                generation_config=_generation(talk, sampling),
+                streamer=streamer,
+            )
     return streamer.text
 
 
@@ -220,16 +224,14 @@ def _locate(model: str, hub: str, role: str | None) -> model_load.Base:
 
 
 def _base_of(adapter: Path) -> str:
-    try:
-        config: Mapping[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as cause:
-        raise CheckpointError(f"adapter {adapter}: adapter_config.json is no JSON: {cause}") from cause
-    name = config.get("base_model_name_or_path")
+    name = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"adapter {adapter}: base_model_name_or_path must be a text, it is {name!r}")
     if not name:
         raise CheckpointError(
             f"adapter {adapter}: it does not name its base; use: fastft chat BASE --adapter {adapter}"
         )
-    return str(name)
+    return name
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -253,23 +255,60 @@ def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
         place["quantization_config"] = quantization.settings(schema.Quantization(), on)
     model_config = model_load.read_model_config(base)
     device.share_cores(model_config, on)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(base.weights_folder, config=model_config, dtype=held, **place)
-    except (OSError, ValueError, KeyError) as cause:
-        raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
+    model = model_load.read_weights(AutoModelForCausalLM, base, config=model_config, dtype=held, **place)
     if bits or stored_4bit is not None:
         quantization.disable_cpu_repacking(model)
     return model
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    if not (adapter / "adapter_config.json").is_file():
+    from fastft.convert.folder import read_safetensors
+
+    if not (adapter / "adapter_config.json").exists():
         raise CheckpointError(f"adapter {adapter}: there is no adapter_config.json; is this an adapter folder?")
-    if json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS":
+    settings = read_object(adapter / "adapter_config.json")
+    if settings.get("task_type") == "SEQ_CLS":
         raise CheckpointError(f"adapter {adapter}: a reward model gives an answer a number; it does not talk")
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, OSError) as cause:
-        raise CheckpointError(f"adapter {adapter}: does not fit the model: {str(cause).splitlines()[0]}") from cause
+    _check_kind(settings, adapter)
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.exists():
+        pickle = adapter / "adapter_model.bin"
+        raise CheckpointError(
+            f"adapter {adapter}: there is no adapter_model.safetensors"
+            + (
+                f"; {pickle.name} is a pickle, which chat does not read: `convert merge` does"
+                if pickle.exists()
+                else ""
+            )
+        )
+    there = read_safetensors(weights)
+    with folder_check.library_errors(f"adapter {adapter}: does not fit the model"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peft says of missing names is checked below
+        adapted = PeftModel.from_pretrained(model, adapter)
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    for names, fault in (
+        (wanted - set(there), "is missing in"),
+        (set(there) - wanted, "has no place in the model, but is in"),
+    ):
+        if names:
+            raise CheckpointError(
+                f"adapter {adapter}: {min(names)} {fault} {weights.name}; it belongs to another model"
+            )
+    return adapted
+
+
+def _check_kind(settings: Mapping[str, Any], adapter: Path) -> None:
+    """Refuse settings with which peft would import modules by name, or make matrices of any size."""
+    from peft import PeftType
+
+    kind = settings.get("peft_type")
+    if not isinstance(kind, str) or kind not in set(PeftType):
+        raise CheckpointError(f"adapter {adapter}: peft_type {kind!r} in adapter_config.json is not known")
+    if kind == "LORA":
+        rank = settings.get("r")
+        if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
+            raise CheckpointError(
+                f"adapter {adapter}: r in adapter_config.json must be 1 to {_MAX_RANK}, it is {rank!r}"
+            )

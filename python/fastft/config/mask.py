@@ -5,7 +5,8 @@ Used by everything that shows a config; no field of the schema holds a token, bu
 
 import re
 
-_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@")
+# The lengths are bounded: without, a long text takes the square of its length.
+_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/@\s]{1,1000}@")
 
 
 def masked(text: str) -> str:

@@ -15,6 +15,8 @@ from fastft.errors import CheckpointError
 
 # A checkpoint with 10,000 tensors has a pickle of 2 MB; mmengine's logs may add some 10 MB.
 MAX_BYTES = 256 * 1024 * 1024
+# A tensor takes some 35; 20,000 tensors are the experts of a large mixture.
+MAX_OPCODES = 1_000_000
 _MARK = object()
 _KEY_TYPES = (str, int, float, bool, bytes, type(None))
 
@@ -69,8 +71,12 @@ def read(content: bytes, where: str) -> Any:
     if len(content) > MAX_BYTES:
         raise CheckpointError(f"{where}: its pickle has {len(content)} bytes; at most {MAX_BYTES} are read")
     machine = _Machine(where)
+    num_opcodes = 0
     try:
         for opcode, argument, _ in pickletools.genops(content):
+            num_opcodes += 1
+            if num_opcodes > MAX_OPCODES:
+                raise CheckpointError(f"{where}: its pickle has more than {MAX_OPCODES} steps; so many are not read")
             if opcode.name == "STOP":
                 return machine.pop()
             machine.step(opcode.name, argument)

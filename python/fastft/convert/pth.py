@@ -169,7 +169,7 @@ def execute(plan: PthPlan, save_path: Path, *, force: bool = False) -> PthReport
         console.note(note)
     single = ADAPTER_WEIGHTS if plan.kind == "adapter" else "model.safetensors"
     with publish.staged(save_path, force=force) as stage:
-        streamed = write_shards(plan.shards, stage, "converting", single=single)
+        streamed = write_shards(plan.shards, stage, "converting", single=single, finite=True)
         copy_side_files(dict(plan.side_files), stage)
         for name, content in plan.texts.items():
             (stage / name).write_bytes(content)

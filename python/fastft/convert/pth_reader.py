@@ -87,8 +87,8 @@ def read_state_dict(path: Path) -> StateDict:
         FileError: the file is not there.
         CheckpointError: not a zip that torch.save wrote, broken, or a tensor that is not stored plainly.
     """
-    path = path.resolve()
     archive, pickle_bytes = _open(path)
+    path = archive.path
     value = pickle_data.read(pickle_bytes, str(path))
     top = _mapping(value)
     if top is None:
@@ -104,13 +104,13 @@ def read_state_dict(path: Path) -> StateDict:
     for name, item in found.items():
         rebuilt = _unwrapped(item)
         if not isinstance(name, str) or not _is_tensor(rebuilt):
-            skipped.append(str(name)[:200] if isinstance(name, str) else _kind(name))
+            skipped.append(_word(name))
             continue
         tensors[name] = _tensor(name, rebuilt, archive)
     if not tensors:
         raise CheckpointError(
             f"{path}: no tensors found; looked at the top and under {', '.join(_WRAPPERS)}."
-            f" It holds: {', '.join(str(key) for key in list(top)[:8])}"
+            f" It holds: {', '.join(map(_word, list(top)[:8]))}"
         )
     meta = _mapping(top.get("meta")) if found is not top else None
     return StateDict(path, tensors, meta or {}, tuple(skipped))
@@ -151,7 +151,7 @@ def _open(path: Path) -> tuple[_Archive, bytes]:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
-    return _Archive(path, prefix, entries), pickle_bytes
+    return _Archive(path.resolve(), prefix, entries), pickle_bytes
 
 
 def _place(info: zipfile.ZipInfo, file: Any, path: Path) -> tuple[int, int]:
@@ -246,7 +246,7 @@ def _tensor(name: str, call: Call, archive: _Archive) -> Source:
     if not dtype or shape is None or stride is None or len(shape) != len(stride) or len(shape) > 8:
         raise CheckpointError(f"{where}: its dtype or shape is not understood")
     if not isinstance(offset, int) or offset < 0 or storage_numel < 0:
-        raise CheckpointError(f"{where}: starts at {offset!r} in its storage")
+        raise CheckpointError(f"{where}: starts at {_word(offset)} in its storage")
     if not _contiguous(shape, stride):
         raise CheckpointError(
             f"{where}: its numbers do not lie in a row (stride {stride}); save it again after .contiguous()"
@@ -292,6 +292,11 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
             return prod(shape) == 0
         expected *= size
     return True
+
+
+def _word(value: Any) -> str:
+    """Say what stands somewhere. Not by `repr`: lists that hold one another would be written out for ever."""
+    return str(value)[:200] if isinstance(value, str | int) else _kind(value)
 
 
 def _kind(value: Any) -> str:

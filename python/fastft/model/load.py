@@ -4,7 +4,7 @@
 The order matters to a run, which checks its data (tokenizer needed) before it reads gigabytes of weights.
 """
 
-import json
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +14,18 @@ from typing import Any
 from fastft import console
 from fastft.config import schema
 from fastft.errors import CheckpointError, ConfigError
-from fastft.model import adapter, device, freeze, lora_start, memory, placement, quantization, quiet, speed
+from fastft.model import (
+    adapter,
+    device,
+    folder_check,
+    freeze,
+    lora_start,
+    memory,
+    placement,
+    quantization,
+    quiet,
+    speed,
+)
 from fastft.model.quantization import Quantized
 from fastft.model.tokenizer import load_tokenizer, pad_id
 
@@ -24,6 +35,7 @@ __all__ = ["Base", "Loaded", "load", "load_tokenizer", "load_weights", "locate"]
 _LAID_OUT_AS_LLAMA = ("internlm", "internlm2")
 # A class of transformers' own, but published with a tokenizer that only its remote code reads.
 _TOKENIZER_REWRITTEN = "internlm3"
+_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ def locate(model: schema.Model) -> Base:
 
     folder = Path(hub.model(model))
     config_json = read_config(folder)
+    folder_check.check_small_files(folder)
     is_local = model.name == "demo" or Path(model.name).expanduser().exists()
     name = str(folder.resolve()) if is_local else model.name
     kind = str(config_json.get("model_type", ""))
@@ -105,14 +118,13 @@ def read_model_config(base: Base, **settings: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
+    kind = base.config_json.get("model_type", "unknown")
+    own_code = base.config_json.get("auto_map") and not settings.get("trust_remote_code")
+    hint = " (it comes with code of its own, which model.trust_remote_code: true would run)" if own_code else ""
+    # With the answer False a library does not ask on the terminal whether it may run code.
+    settings = {"trust_remote_code": False, **settings}
+    with folder_check.library_errors(f"model {base.folder}: model type {kind} cannot be read{hint}"):
         return AutoConfig.from_pretrained(base.weights_folder, **settings)
-    except (ValueError, OSError, KeyError) as cause:
-        kind = base.config_json.get("model_type", "unknown")
-        hint = ""
-        if base.config_json.get("auto_map") and not settings.get("trust_remote_code"):
-            hint = "; it comes with code of its own, which model.trust_remote_code: true would run"
-        raise CheckpointError(f"model {base.folder}: model type {kind} cannot be read{hint}") from cause
 
 
 def load(config: schema.Config) -> Loaded:
@@ -187,16 +199,9 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as cause:
-        raise CheckpointError(f"model {folder}: config.json cannot be read; is this a model folder?") from cause
-    except ValueError as cause:
-        raise CheckpointError(f"model {folder}: config.json is no JSON: {cause}") from cause
-    if not isinstance(content, dict):
-        raise CheckpointError(f"model {folder}: config.json holds no JSON object")
-    return content
+    from fastft.convert.config_file import config_of
+
+    return config_of(folder)
 
 
 def checkpoint_dtype(base: Base) -> Any:
@@ -246,13 +251,59 @@ def _read(
     several = len(places) > 1
     if several:
         quantization.allow_parts_in_ram(settings.get("quantization_config"), model_config)
-    try:
-        with placement.without_offload_hooks() if several else nullcontext():
-            return model_class.from_pretrained(
-                base.weights_folder, config=model_config, dtype=dtype, **place, **settings
-            )
-    except (OSError, ValueError, KeyError) as cause:
-        raise CheckpointError(f"model {base.folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
+    with placement.without_offload_hooks() if several else nullcontext():
+        return read_weights(model_class, base, config=model_config, dtype=dtype, **place, **settings)
+
+
+def read_weights(model_class: Any, base: Base, **settings: Any) -> Any:
+    """Let transformers read the weights of `base`, and see that it found every tensor of the model.
+
+    Args:
+        model_class: with `from_pretrained`.
+        base: the folder.
+        settings: for `from_pretrained`.
+
+    Raises:
+        CheckpointError: a file is broken, a tensor of the model is missing or has another shape, or the files hold
+            more layers than config.json says.
+    """
+    folder_check.check_weights(base.weights_folder)
+    with folder_check.library_errors(f"model {base.folder}: cannot be read"), quiet.without_reports():
+        model, found = model_class.from_pretrained(
+            base.weights_folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    _check_found(model, found, base)
+    return model
+
+
+def _check_found(model: Any, found: Mapping[str, Any], base: Base) -> None:
+    """Refuse weights that transformers would draw at random or leave out, which it does in silence."""
+    where = f"model {base.folder}"
+    # A head that answers with a number is new in the training of a reward model.
+    new = () if not type(model).__name__.endswith("ForSequenceClassification") else ("score.", "classifier.")
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(new or ("\n",)))
+    if missing:
+        raise CheckpointError(
+            f"{where}: its files do not hold {len(missing)} weights of the model, such as {missing[0]}; the download is"
+            " incomplete, or config.json belongs to another model"
+        )
+    mismatched = sorted(found["mismatched_keys"], key=str)
+    if mismatched:
+        name, there, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{where}: {name} is {tuple(there)} in the files, but config.json makes it {tuple(wanted)}; one of them belongs"
+            " to another model"
+        )
+    left_over = sorted(found["unexpected_keys"])
+    if not left_over:
+        return
+    kinds = {_NUMBER.sub("N", name) for name in model.state_dict()}
+    more = [name for name in left_over if _NUMBER.sub("N", name) in kinds]
+    if more:
+        raise CheckpointError(
+            f"{where}: its files hold {more[0]}, a layer that config.json does not know; the model would be cut off"
+        )
+    console.warn(f"{where}: {len(left_over)} tensors of its files are not used, such as {left_over[0]}")
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, base: Base) -> None:

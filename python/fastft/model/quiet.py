@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # Said when a CPU could use kernels from a package that is not installed; import-time, no action for our user
@@ -50,6 +52,21 @@ def _import_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401 - for its effect
     finally:
         torch.compile = compile_function
+
+
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Hide transformers' table of missing and left-over weights meanwhile; `load` says what matters of it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    reports = [logger, logging.getLogger("transformers.utils.loading_report")]
+    before = [report.level for report in reports]
+    for report in reports:
+        report.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for report, level in zip(reports, before, strict=True):
+            report.setLevel(level)
 
 
 def hide_loading_bars() -> None:
