@@ -605,6 +605,15 @@ def expandable_segments() -> dict[str, str]:
     return setting if done.returncode == 0 else {}
 
 
+def one_by_one(name: str, options: argparse.Namespace) -> list[list[str]]:
+    """Words that give each variant of fastft a process of its own, where no earlier one has left anything."""
+    if name == "fastft":
+        return [["--variants", variant] for variant in options.variants]
+    if name == "longest":
+        return [["--longest", variant] for variant in options.longest]
+    return [[]]
+
+
 def run_child(name: str, words: list[str], folder: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
     """Measure one contender in a process of its own; its allocator and its patches are nobody else's."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
@@ -694,7 +703,12 @@ def main(words: list[str]) -> None:
         environment = expandable_segments() if options.expandable and options.device == "cuda" else {}
         rate = product_rate(options.device)
         names = ["longest"] if options.longest else options.contenders
-        results = [result for name in names for result in run_child(name, words, folder, environment)]
+        results = [
+            result
+            for name in names
+            for more in one_by_one(name, options)
+            for result in run_child(name, [*words, *more], folder, environment)
+        ]
     loads = {result["contender"]: result["load_s"] for result in results if "," not in result["contender"]}
     text = describe_machine(options.device, rate, loads) + "\n" + table(results, options, rate)
     print(text, flush=True)

@@ -123,7 +123,9 @@ def _about_machine(problem: OSError | MemoryError) -> str:
 def _print_traceback() -> None:
     import traceback
 
-    traceback.print_exc()
+    from fastft.config.mask import masked
+
+    print(masked(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def _terminate(_signal: int, _frame: object) -> None:

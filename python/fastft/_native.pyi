@@ -160,6 +160,15 @@ class ByteLevel:
         then: Sequence[tuple[str, int]],
         shapes: bytes,
     ) -> ByteLevel: ...
+    @staticmethod
+    def of_words(joiners: str, prepends: bool, added: Sequence[tuple[str, int]], shapes: bytes) -> ByteLevel:
+        """A tokenizer of SentencePiece's kind, cut before each blank that no token can have behind what stands before it.
+
+        `joiners`: the characters that stand before a blank inside a token. `prepends`: whether a blank is put before each
+        text between `added` tokens; pieces with it are asked for with a byte 0xFF before them. Texts with the sign of a
+        blank, U+2581, are refused.
+        """
+
     def learn_block(self, block: int, classes: bytes) -> None:
         """Learn the classes of 4,096 characters: 1 is a letter, 2 a number, 3 white space, 0 something else."""
 

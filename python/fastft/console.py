@@ -1,7 +1,7 @@
 """What fastft says to the person at the terminal.
 
 Results go to stdout (`result`), so that they can be piped; notes, warnings and progress go to stderr. Colour and
-moving bars appear only on a terminal; elsewhere `progress` writes a plain line now and then.
+moving bars appear only on a terminal; elsewhere `progress` writes a plain line now and then. No token leaves through here.
 """
 
 import re
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
+
+from fastft.config.mask import masked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,8 +57,8 @@ def stdout() -> "Console":
 
 
 def result(text: str) -> None:
-    """Print a line that the user asked for, on stdout, as it is."""
-    print(text)
+    """Print a line that the user asked for, on stdout, as it is but for secrets."""
+    print(masked(text))
 
 
 def note(text: str) -> None:
@@ -102,7 +104,8 @@ def _cut(text: str, longest: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped (names in hostile files may hold terminal codes)."""
+    """`text` without secrets, with control characters escaped (names in hostile files may hold terminal codes)."""
+    text = masked(text)
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 

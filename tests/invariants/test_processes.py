@@ -45,6 +45,18 @@ PACKED = {
     "train__lr": 1e-3,
 }
 DIE_AT = 8  # the second half of step 4
+# Tasks that compare or judge answers; dpo with `full` asks its reference once, before the first step.
+PREFERENCES = (("dpo", "lora"), ("dpo", "full"), ("orpo", "full"), ("kto", "lora"), ("reward", "lora"))
+COMPARED = {
+    "train__max_steps": 4,
+    "train__batch_size": 4,
+    "train__grad_accumulation": 1,
+    "train__log_steps": 2,
+    "train__eval_steps": 2,
+    "output__save_steps": 3,
+    "data__eval_rows": 2,
+    "train__lr": 1e-3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +64,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     tiny_run.write_model(folder / "model")
     tiny_run.write_dialogues(folder / "rows.jsonl", 13)
+    tiny_run.write_pairs(folder / "pairs.jsonl", 14)
+    tiny_run.write_judged(folder / "judged.jsonl", 14)
     return folder
 
 
@@ -62,6 +76,11 @@ def _config(folder: Path, kind: str, **changes: Any) -> Config:
 def _packed(folder: Path, kind: str, *, fsdp: bool) -> Config:
     dropout = {} if kind == "full" else {"method__lora": {"r": 4, "alpha": 8, "dropout": 0.2}}
     return _config(folder, kind, distributed__fsdp=fsdp, **PACKED, **dropout)
+
+
+def _compared(folder: Path, task: str, kind: str, **changes: Any) -> Config:
+    rows = folder / ("judged.jsonl" if task == "kto" else "pairs.jsonl")
+    return tiny_run.config(folder / "model", rows, task=task, kind=kind, **{**COMPARED, **changes})
 
 
 BROKEN = [("lora", False), ("lora", True), ("full", True)]
@@ -80,6 +99,12 @@ def ran(folder: Path) -> Path:
         jobs.append(two_processes.job(config, folder / f"unbroken-{name}"))
         jobs.append(two_processes.job(config, folder / f"broken-{name}", die_at=DIE_AT))
         jobs.append(two_processes.job(config, folder / f"broken-{name}", resume="auto"))
+    for task, kind in PREFERENCES:
+        config = _compared(folder, task, kind, train__batch_size=2)
+        jobs.append(two_processes.job(config, folder / f"{task}-{kind}"))
+    config = _compared(folder, "dpo", "full", train__batch_size=2)
+    jobs.append(two_processes.job(config, folder / "broken-dpo", die_at=4))
+    jobs.append(two_processes.job(config, folder / "broken-dpo", resume="auto"))
     first, second = two_processes.run_all(jobs, folder)
     assert first.count("first sample") == len(jobs)
     assert second == ""  # only the first process speaks
@@ -181,6 +206,30 @@ def test_the_adapter_of_a_sharded_run_merges(ran: Path, tmp_path: Path) -> None:
     assert product.abs().max() > 1e-4
     # One product of rank 4 and one sum in fp32: a few roundings of values below 1.
     assert torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + 2.0 * product, atol=1e-6)
+
+
+@pytest.mark.parametrize(("task", "kind"), PREFERENCES)
+def test_two_processes_compare_answers_as_one(task: str, kind: str, ran: Path, folder: Path, tmp_path: Path) -> None:
+    one = run.run(_compared(folder, task, kind), work_dir=tmp_path / "one")
+    expected, lines = _lines(one.run_dir), _lines(ran / f"{task}-{kind}")
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for key in ("loss", "grad_norm", "accuracy", "margin", "eval_loss", "eval_accuracy"):
+        found = [line[key] for line in lines if key in line]
+        # Sums in another order; a margin is a difference of sums of log probabilities, near 0 at first.
+        assert found == pytest.approx([line[key] for line in expected if key in line], rel=1e-3, abs=1e-5), key
+        assert found, key
+    place = "model" if kind == "full" else "adapter"
+    for name, value in _weights(one.artifact).items():
+        assert torch.allclose(_weights(ran / f"{task}-{kind}" / place)[name], value, rtol=1e-2, atol=1e-4), name
+
+
+def test_a_resumed_comparison_goes_on_with_its_reference(ran: Path) -> None:
+    unbroken, broken = ran / "dpo-full", ran / "broken-dpo"
+    _same_bits(_weights(unbroken / "model"), _weights(broken / "model"))
+    keys = ("loss", "accuracy", "margin", "eval_loss")
+    assert [[line.get(key) for key in keys] for line in _lines(broken)] == [
+        [line.get(key) for key in keys] for line in _lines(unbroken)
+    ]
 
 
 @pytest.mark.slow

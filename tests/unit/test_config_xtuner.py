@@ -246,7 +246,7 @@ def test_what_has_no_counterpart_is_listed(write):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("type=SupervisedFinetune", "type=LLaVAModel"), "model.type LLaVAModel: not built"),
+        (("type=SupervisedFinetune", "type=LLaVAModel2"), "model.type LLaVAModel2: not built"),
         (("load_in_4bit=True, load_in_8bit=False", "load_in_4bit=False, load_in_8bit=True"), "8-bit bases are not built"),
         (("type=process_hf_dataset", "type=process_intern_repo_dataset"), "data sets of process_intern_repo_dataset"),
         (("path=alpaca_path", "path=None"), "train_dataloader.dataset.dataset.path: the data set's path or id is missing"),
@@ -255,7 +255,7 @@ def test_what_has_no_counterpart_is_listed(write):
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused(write, change, said):
-    text = QLORA.replace("import SupervisedFinetune", "import LLaVAModel, SupervisedFinetune")
+    text = QLORA.replace("import SupervisedFinetune", "import LLaVAModel2, SupervisedFinetune")
     text = text.replace("import ConcatDataset", "import process_intern_repo_dataset, ConcatDataset").replace(*change)
     with pytest.raises(ConfigError, match=".") as caught:
         load(write(text))

@@ -18,7 +18,10 @@ from fastft.data.template import ChatTemplate, _mask
 from fastft.errors import DataError
 
 LLAMA3 = next(pattern for pattern, name in byte_level.PATTERNS.items() if name == "llama3")
-NAMES = ("qwen2.5", "gpt2", "llama3", "trimmed", "normalized")
+NAMES = ("qwen2.5", "gpt2", "llama3", "trimmed", "normalized", "internlm2", "mistral_v3")
+
+
+REAL = ("qwen2.5", "gpt2", "internlm2", "mistral_v3")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def real_tokenizers(shared_data: Path) -> dict[str, Any]:
     from tokenizers import Regex, pre_tokenizers, processors
     from transformers import AutoTokenizer
 
-    found = {name: AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name) for name in ("qwen2.5", "gpt2")}
+    found = {name: AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name) for name in REAL}
     for name in ("llama3", "trimmed", "normalized"):
         found[name] = deepcopy(found["qwen2.5"])
     found["llama3"].backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -98,6 +101,12 @@ SNIPPETS = st.sampled_from(
             "\x00",
             "\u1e9e",
             "\u2028",
+            "\u2581",
+            " \u2581",
+            "<s>",
+            "[INST]",
+            "\t\t  \t",
+            "\n    \n",
         ),
     ]
 )
@@ -127,6 +136,7 @@ def test_any_text_has_the_librarys_tokens_and_masks(
     if others:
         assert others == [0]
         assert "\u017f" in text or not text.isascii()
+        assert name in ("qwen2.5", "gpt2", "llama3", "trimmed", "normalized") or "\u2581" in text
         return
     assert found[0].tolist() == ids
     assert found[1].tolist() == learned
@@ -185,16 +195,12 @@ def test_dialogues_are_the_same_on_both_roads(real_tokenizers: dict[str, Any], s
 
 
 def test_what_it_does_not_know_goes_the_librarys_road(
-    shared_data: Path, real_tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    real_tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
-    from transformers import AutoTokenizer
 
-    for name in ("internlm2", "mistral_v3"):  # no pieces at all
-        assert byte_level.of(AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)) is None
-
-    def changed(change: Any) -> Any:
-        other = deepcopy(real_tokenizers["qwen2.5"])
+    def changed(change: Any, name: str = "qwen2.5") -> Any:
+        other = deepcopy(real_tokenizers[name])
         change(other)
         return byte_level.of(other)
 
@@ -210,6 +216,23 @@ def test_what_it_does_not_know_goes_the_librarys_road(
     assert changed(pattern) is None
     assert changed(normalizer) is None
     assert changed(lambda other: other.add_tokens([AddedToken("<x>", lstrip=True)])) is None
+
+    def replaces_more(other: Any) -> None:
+        other.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Replace(" ", "\u2581"), normalizers.Replace("a", "b")]
+        )
+
+    def splits(other: Any) -> None:
+        other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+
+    def looks_up(other: Any) -> None:
+        other.backend_tokenizer.model.ignore_merges = True
+
+    assert changed(lambda _: None, "internlm2") is not None
+    assert changed(replaces_more, "internlm2") is None
+    assert changed(splits, "internlm2") is None
+    assert changed(looks_up, "internlm2") is None
+    assert changed(lambda other: other.add_tokens(["word"]), "mistral_v3") is None  # found in the normalized text
     monkeypatch.setenv("FASTFT_BYTE_LEVEL", "off")
     assert changed(lambda _: None) is None
 
@@ -258,3 +281,87 @@ def test_a_data_set_is_the_same_on_both_roads(
     monkeypatch.setenv("FASTFT_BYTE_LEVEL", "off")
     assert list(prepare(data, task, byte_tokenizer, seed=0).train) == fast
     assert [isinstance(found, byte_level.ByteLevel) for found in asked] == [True, False]
+
+
+WORDS = [(prepends, crossing) for prepends in (False, True) for crossing in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def made_words() -> dict[tuple[bool, bool], Any]:
+    """Tokenizers of SentencePiece's kind: with and without a blank before each text, with and without tokens across blanks."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    texts = [
+        "the cat and the dog, the cat of the day",
+        "a\tb  \n   c\n    d of the end",
+        "\u4f60\u597d of the\u3002",
+    ] * 9
+    found = {}
+    for prepends, crossing in WORDS:
+        steps = [normalizers.Prepend("\u2581")] * prepends + [normalizers.Replace(" ", "\u2581")]
+        trained = Tokenizer(models.BPE(unk_token="<unk>"))
+        trained.normalizer = normalizers.Sequence(steps)
+        if not crossing:
+            trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>"]))
+        model = json.loads(trained.to_str())["model"]
+        vocabulary = {**model["vocab"]}
+        for byte in range(256):
+            vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+        merges = [tuple(pair) for pair in model["merges"]]
+        made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        made.normalizer = normalizers.Sequence(steps)
+        made.add_special_tokens(["<s>", "<e>"])
+        found[prepends, crossing] = made
+    return found
+
+
+PARTS = [
+    "the",
+    " the ",
+    " ",
+    "  ",
+    "\t",
+    "\n",
+    "of",
+    " of the",
+    "a\tb ",
+    "<s>",
+    "<e>",
+    "z",
+    "\U0001f600",
+    "\u4f60",
+    ". ",
+]
+
+
+@given(parts=st.lists(st.sampled_from(PARTS), max_size=14), data=st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("kind", WORDS)
+def test_any_text_of_words(
+    kind: tuple[bool, bool], made_words: dict[tuple[bool, bool], Any], parts: list[str], data: st.DataObject
+) -> None:
+    from types import SimpleNamespace
+
+    tokenizer = SimpleNamespace(backend_tokenizer=made_words[kind])
+    fast, text = byte_level.of(tokenizer), "".join(parts)
+    assert fast is not None
+    borders = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    spans = list(zip(borders[::2], borders[1::2], strict=False))
+    (found,), others = fast.encode([text], [spans])
+    assert others == []
+    ids, learned = by_the_library(tokenizer, text, spans)
+    assert found[0].tolist() == ids
+    assert found[1].tolist() == learned
+
+
+def test_what_may_stand_before_a_blank(made_words: dict[tuple[bool, bool], Any]) -> None:
+    from fastft.data import sentence_pieces
+
+    crossing, plain = (
+        sentence_pieces.joiners(made_words[False, crosses].get_vocab(with_added_tokens=False))
+        for crosses in (True, False)
+    )
+    assert {"e", "\t", "\n"} & set(crossing)
+    assert plain == ""
+    assert sentence_pieces.joiners({"\u2581\u2581": 0, "\n\u2581": 1, "a\u2581b": 2, "\u2581x": 3}) == "\na"

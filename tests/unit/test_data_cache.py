@@ -288,7 +288,7 @@ def test_a_store_of_files_is_the_store_in_memory(tmp_path: Path) -> None:
         for number in range(20):
             ids = random.integers(0, 2**31 - 1, number % 5 + 1).astype(np.int32)
             for kept in (memory, files):
-                kept.add(ids, ids % 2 == 0, Where(f"{number % 3}", number), store.digest(ids), number % 4)
+                kept.add(ids, ids % 2 == 0, Where(f"{number % 3}", number), store.digest(ids), kind=number % 4)
         ours, theirs = memory.documents(), files.documents()
     for name in ("ids", "learned", "starts", "digests", "kinds"):
         assert getattr(ours, name).tolist() == getattr(theirs, name).tolist()

@@ -80,7 +80,7 @@ def filled(tmp_path_factory, endpoint):
 def test_safetensors_are_fetched_once_and_nothing_else(filled):
     _, first = filled
     assert first["files"] == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
-    assert (Path(first["folder"]) / "model.safetensors").read_bytes() == b"S" * 3000
+    assert (Path(first["folder"]) / "model.safetensors").read_bytes() == hub_server.WEIGHTS
 
 
 def test_what_is_cached_is_not_fetched_again(filled, endpoint):
@@ -244,48 +244,7 @@ def test_check_refuses_early_what_is_not_there(here, monkeypatch):
         locate.check(load("internlm2_7b_qlora_alpaca").config)
 
 
-class Package:
-    """Stands for the package modelscope, which CI does not install; keeps what it is asked."""
-
-    def __init__(self, folder, names):
-        self.folder, self.names, self.asked = folder, names, []
-
-    def snapshot_download(self, model_id, revision=None, *, allow_patterns, ignore_patterns):
-        self.asked.append((model_id, revision))
-        for name in self.names:
-            if any(Path(name).match(pattern) for pattern in allow_patterns) and name not in ignore_patterns:
-                (self.folder / name).write_bytes(b"x")
-        return str(self.folder)
-
-    def dataset_snapshot_download(self, dataset_id, revision=None):
-        raise RuntimeError(f"The request dataset {dataset_id} with revision {revision} is not found\nTraceback")
-
-
-def test_modelscope_is_asked_when_the_config_or_the_variable_says_so(here, monkeypatch):
-    package = Package(here, ["config.json", "pytorch_model.bin"])
-    monkeypatch.setitem(sys.modules, "modelscope", package)
-    assert locate.model(Model(name="acme/x", hub="modelscope", revision="v1")) == here
-    assert package.asked == [("acme/x", "v1")] * 2  # no safetensors, so once more for the pickles
-    (here / "config.json").unlink()
-    monkeypatch.setenv("FASTFT_HUB", "ModelScope")
-    assert locate.model(Model(name="acme/y", init="random")) == here
-    assert package.asked[2:] == [("acme/y", None)]
-
-
-def test_modelscope_failures_are_one_line(here, monkeypatch):
-    monkeypatch.setitem(sys.modules, "modelscope", Package(here, []))
-    with pytest.raises(HubError, match="model acme/x: the repository holds no weights"):
-        locate.model(Model(name="acme/x", hub="modelscope"))
-    with pytest.raises(
-        HubError, match=r"not fetched from ModelScope: The request dataset acme/d .*; check the id"
-    ) as caught:
-        locate.dataset(Source(source="acme/d", hub="modelscope"))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(HubError, match="`subset` and `split` have no effect"):
-        locate.dataset(Source(source="acme/d", hub="modelscope", subset="x"))
-
-
 def test_without_the_package_modelscope_says_what_to_install(here, monkeypatch):  # noqa: ARG001
-    monkeypatch.setitem(sys.modules, "modelscope", None)
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     with pytest.raises(HubError, match=r"pip install fastft\[modelscope\]"):
         locate.model(Model(name="acme/x", hub="modelscope"))

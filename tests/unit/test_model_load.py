@@ -258,3 +258,30 @@ def test_pad_id() -> None:
     assert tokenizer.pad_id(SimpleNamespace(**{**none, "unk_token_id": 0, "eos_token_id": 2})) == 0
     assert tokenizer.pad_id(SimpleNamespace(**{**none, "eos_token_id": 2})) == 2
     assert tokenizer.pad_id(SimpleNamespace(**none)) == 0
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(folder: Path) -> None:
+    """transformers would draw them at random."""
+    from safetensors.torch import load_file, save_file
+
+    short = tiny_run.write_model(folder / "short")
+    tensors = load_file(short / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, short / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"its files lack 1 weights of a LlamaForCausalLM \(model.layers.1.mlp.up"
+    ):
+        _load(short)
+
+
+def test_tensors_without_a_place_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    more = tiny_run.write_model(folder / "more")
+    tensors = load_file(more / "model.safetensors")
+    tensors["model.layers.2.extra.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, more / "model.safetensors", metadata={"format": "pt"})
+    _load(more)
+    said = capsys.readouterr().err
+    assert "1 tensors in the files are no part of a LlamaForCausalLM and are not read: model.layers.2.extra" in said
+    assert "LOAD REPORT" not in said

@@ -143,19 +143,23 @@ def real_peak(config: Config, tmp_path: Path) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     from fastft.data.collate import Collator
+    from fastft.data.preference_rows import Row, RowCollator
     from fastft.model import load
-    from fastft.training import trainer
+    from fastft.training import preferences, trainer
 
-    rows = [{"input_ids": [n % 300 for n in range(TOKENS)], "labels": [n % 300 for n in range(TOKENS)]}] * 8
+    rows: list[Any] = [{"input_ids": [n % 300 for n in range(TOKENS)], "labels": [n % 300 for n in range(TOKENS)]}] * 8
     rows = [{**row, "position_ids": list(range(TOKENS))} for row in rows]
     before = storages()
     loaded = load.load(config)
     held = sum(num_bytes for place, num_bytes in storages().items() if place not in before)
-    made = trainer.FastftTrainer(
+    compares = config.task not in ("pretrain", "sft")
+    if compares:
+        rows = [Row(number, row, row, good=True) for number, row in enumerate(rows)]
+    made = (preferences.PreferenceTrainer if compares else trainer.FastftTrainer)(
         config=config,
         model=loaded.model,
         args=trainer.arguments(config, tmp_path / "run", 2, loaded.products, torch.device("cpu")),
-        collate=Collator(0),
+        collate=RowCollator(0) if compares else Collator(0),
         train_rows=rows,
         eval_rows=None,
         tokenizer=loaded.tokenizer,
@@ -196,6 +200,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "fused": {"memory__lora": "fused"},
     "8bit": {"train__optimizer": "adamw_8bit"},
     "accumulated": {"train__grad_accumulation": 2},
+    "saved": {"method__lora": {"r": 4, "alpha": 8, "modules_to_save": ("lm_head", "embed_tokens")}},
 }
 CASES = [
     *((family, kind, "plain") for family in FAMILIES for kind in ("full", "lora")),
@@ -203,6 +208,14 @@ CASES = [
     *(("llama", "lora", switch) for switch in SWITCHES if switch != "plain"),
     *(("qwen2", "qlora", switch) for switch in ("recomputed", "tiles", "fused")),
     *(("llama", "full", switch) for switch in ("recomputed", "8bit")),
+    *((family, "freeze", switch) for family in ("llama", "gemma2") for switch in ("plain", "recomputed")),
+]
+# Tasks that compare answers; the reference of a model trained in full is asked before the first step.
+COMPARING = [
+    *((task, "lora", switch) for task in ("dpo", "orpo", "kto", "reward") for switch in ("plain", "recomputed")),
+    *((task, "full", "plain") for task in ("dpo", "orpo", "reward")),
+    ("dpo", "qlora", "plain"),
+    ("reward", "freeze", "plain"),
 ]
 
 
@@ -220,6 +233,17 @@ def test_a_small_step_on_this_cpu(family: str, kind: str, switch: str, models: d
     real = real_peak(config, tmp_path)
     counted = accounting.account(subject.read(config, on_gpu=False), TOKENS)
     # On a CPU what waits in RAM is counted by the profiler too.
+    planned = counted.peak + counted.ram
+    print(f"real {real / 2**20:.1f} MiB, planned {planned / 2**20:.1f} ({planned / real - 1:+.1%}), {counted.part}")
+    assert planned == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize(("task", "kind", "switch"), COMPARING)
+def test_a_small_step_that_compares(task: str, kind: str, switch: str, models: dict[str, Path], tmp_path: Path) -> None:
+    settings = {"train__batch_size": 1, "data__max_length": TOKENS, "train__max_steps": 2, **SWITCHES[switch]}
+    config = tiny_run.config(models["llama"], tmp_path / "none", kind=kind, task=task, **settings)
+    real = real_peak(config, tmp_path)
+    counted = accounting.account(subject.read(config, on_gpu=False), TOKENS)
     planned = counted.peak + counted.ram
     print(f"real {real / 2**20:.1f} MiB, planned {planned / 2**20:.1f} ({planned / real - 1:+.1%}), {counted.part}")
     assert planned == pytest.approx(real, rel=0.1)

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+import tiny_llava
 import tiny_run
+import tiny_vision
 from fastft.config import recipes
+from fastft.config.load import load
 from fastft.training import run
 
 SIZES: dict[str, Any] = {
@@ -42,18 +45,72 @@ FAMILIES = {
     "qwen2": ("qwen2", "qlora", "pretrain"),
     "qwen2_5": ("qwen2", "lora", "reward"),
     "qwen3": ("qwen3", "lora", "orpo"),
+    "vicuna": ("llama", "qlora", "sft"),
     "yi": ("llama", "freeze", "kto"),
     "yi_1_5": ("llama", "full", "orpo"),
 }
 # Code of its own, which no test runs.
 REMOTE = {"chatglm3"}
+# Families of models that see, as `tiny_vision` calls their kind, and a method.
+VISION = {
+    "internvl3": ("internvl", "lora"),
+    "llava1_5": ("llava", "qlora"),
+    "llava1_6": ("llava_next", "lora"),
+    "qwen2_vl": ("qwen2_vl", "full"),
+    "qwen2_5_vl": ("qwen2_5_vl", "qlora"),
+    "qwen3_vl": ("qwen3_vl", "lora"),
+    "gemma3": ("gemma3", "lora"),
+}
 # Which run in every test; the others in `make test-all`.
-QUICK = {"demo", "gemma3", "qwen2_5", "phi3"}
+QUICK = {"demo", "gemma3", "qwen2_5", "phi3", "qwen2_5_vl"}
 
 
 def test_no_family_is_forgotten() -> None:
     families = {path.stem for path in recipes.FOLDER.glob("models/*.yaml")}
-    assert families == FAMILIES.keys() | REMOTE
+    assert families == FAMILIES.keys() | VISION.keys() | REMOTE
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in VISION]
+)
+def test_a_step_with_images(family: str, tmp_path: Path) -> None:
+    """The recipe as it is listed, with a tiny model and drawn images in place of the real ones."""
+    kind, method = VISION[family]
+    name = next(name for name in recipes.search(f"{family} {method} custom_vision") if f"_{method}_" in name)
+    assert recipes.parts(name).model.family == family
+    model = tiny_vision.write_model(kind, tmp_path / "model")
+    rows = tiny_vision.write_rows(tmp_path)
+    words = [f"model.name={model}", f"data.train.0.source={rows}", "train.max_steps=1", "train.grad_accumulation=1"]
+    done = run.run(load(name, words).config, work_dir=tmp_path / "run")
+    (line,) = [json.loads(line) for line in (done.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert line["loss"] > 0
+    assert line["grad_norm"] > 0
+    assert list(done.artifact.glob("*.safetensors"))
+
+
+def test_a_step_of_each_stage_of_a_llava(tmp_path: Path) -> None:
+    """XTuner's two recipes as they are listed, with tiny parts in place of the real ones."""
+    clip = "clip_vit_large_p14_336"
+    pretrain = f"llava_internlm2_chat_7b_{clip}_e1_gpu8_pretrain"
+    finetune = f"llava_internlm2_chat_7b_qlora_{clip}_lora_e1_gpu8_finetune"
+    tiny_llava.picture().save(tmp_path / "a.png")
+    said = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A red circle."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "a.png", "conversations": said}] * 4))
+    words = [
+        f"model.name={tiny_llava.write_llm(tmp_path / 'llm')}",
+        f"vision.tower={tiny_llava.write_clip(tmp_path / 'clip')}",
+        f"data.train.0.source={tmp_path / 'rows.json'}",
+        f"data.train.0.images={tmp_path}",
+        "train.max_steps=1",
+        "train.batch_size=2",
+    ]
+    first = run.run(load(pretrain, words).config, work_dir=tmp_path / "first")
+    words.append(f"vision.projector={first.artifact / 'projector'}")
+    done = run.run(load(finetune, words).config, work_dir=tmp_path / "second")
+    for result, names in ((first, {"projector"}), (done, {"projector", "llm_adapter", "visual_encoder_adapter"})):
+        (line,) = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert line["grad_norm"] > 0
+        assert {path.name for path in result.artifact.iterdir() if path.is_dir()} == names
 
 
 @pytest.mark.parametrize(

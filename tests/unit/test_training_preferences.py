@@ -155,14 +155,54 @@ def test_a_preference_task_says_what_data_it_needs(model: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_reward_model_does_not_talk(kind: str, model: Path, data: dict[str, Path], tmp_path: Path) -> None:
-    """transformers would give it a head of random numbers; neither is an adapter merged into a model without its head."""
+    """Transformers would give it a head of random numbers."""
     from fastft.chat import session
-    from fastft.convert import merge
 
     config = tiny_run.config(model, data["reward"], task="reward", kind=kind, train__max_steps=1)
     done = run.run(config, work_dir=tmp_path / "run")
     with pytest.raises(CheckpointError, match="a reward model gives an answer a number; it does not talk"):
         session.load(str(done.artifact))
-    if kind == "lora":
-        with pytest.raises(FastftError, match="score"):
-            merge.plan(model, [(done.artifact, 1.0)])
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("lora", False), ("lora", True), ("qlora", False)])
+def test_a_reward_adapter_merges_into_a_classifier(
+    kind: str, tied: bool, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Loaded by transformers it gives the scores that peft's own merge onto the same base gives."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from fastft.__main__ import main
+
+    model = tiny_run.write_model(tmp_path / "model", tie_word_embeddings=tied)
+    config = tiny_run.config(model, data["reward"], task="reward", kind=kind, train__max_steps=6)
+    done = run.run(config, work_dir=tmp_path / "run")
+    merged = tmp_path / "merged"
+    words = ["convert", "merge", str(model), str(done.artifact), str(merged), "--dequantized-base", "none"]
+    assert main(words) == 0
+    ours = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=0)
+    theirs = PeftModel.from_pretrained(plain, done.artifact).merge_and_unload().eval()
+    assert (type(ours).__name__, ours.config.num_labels) == ("LlamaForSequenceClassification", 1)
+    expected = theirs.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    for name, value in ours.state_dict().items():
+        # f32: peft's sum is in another order.
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6, msg=name)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    texts = tokenizer(["apple apple", "pear"], return_tensors="pt", padding=True)
+    assert ours(**texts).logits.shape == (2, 1)  # pad_token_id came along
+    words = ["convert", "verify", str(merged), "--base", str(model), "--adapter", str(done.artifact)]
+    assert main([*words, "--dequantized-base", "none"]) == 0
+
+
+def test_a_reward_adapter_and_another_do_not_merge_into_one(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    from fastft.convert import merge
+
+    reward = tiny_run.config(model, data["reward"], task="reward", kind="lora", train__max_steps=1)
+    dpo = tiny_run.config(model, data["dpo"], task="dpo", kind="lora", train__max_steps=1)
+    adapters = [
+        (run.run(config, work_dir=tmp_path / name).artifact, 1.0) for name, config in (("r", reward), ("d", dpo))
+    ]
+    with pytest.raises(FastftError, match="makes a classifier of the model, the other adapters do not"):
+        merge.plan(model, adapters)

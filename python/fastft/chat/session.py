@@ -8,16 +8,21 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastft import console
 from fastft.config import schema
 from fastft.convert.json_file import read_object
-from fastft.data.dialogue import Message
+from fastft.data.dialogue import IMAGE_MARK, ImageRef, Message
 from fastft.data.template import ChatTemplate
 from fastft.errors import CheckpointError, ConfigError, HubError
-from fastft.model import device, folder_check, quantization, quiet, tokenizer
+from fastft.model import device, folder_check, processor, quantization, quiet, tokenizer, vision, whole
 from fastft.model import load as model_load
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastft.data.vision import Seer
 
 _MAX_RANK = 65536
 
@@ -64,12 +69,15 @@ class Talk:
         model: any causal language model of transformers or peft.
         tokenizer: its tokenizer.
         continues: treat every question as text to continue, even if there is a chat template.
+        seer: what makes tokens and pixels of images; None for a model that reads text only.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, continues: bool = False) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, continues: bool = False, seer: "Seer | None" = None) -> None:
         self.model = model
+        self.seer = seer
         self.tokenizer = tokenizer
-        self.template = None if continues or not tokenizer.chat_template else ChatTemplate(tokenizer)
+        without = continues or not tokenizer.chat_template
+        self.template = None if without else ChatTemplate(tokenizer, of_processor=seer is not None)
         self.stops = stop_ids(model, tokenizer, self.template)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -78,11 +86,61 @@ class Talk:
             return self.template.prompt(messages)
         return [int(i) for i in self.tokenizer(messages[-1].content)["input_ids"]]
 
+    def inputs(self, messages: Sequence[Message]) -> "dict[str, torch.Tensor]":
+        """What the model gets: input_ids and attention_mask, int64 [1, T]; with images what it needs to see them.
 
-def question(text: str, system: str | None = None) -> list[Message]:
-    """The messages of a single question."""
+        Raises:
+            ConfigError: there are images, and the model cannot see.
+            BadImageError: an image cannot be used.
+        """
+        import torch
+
+        refs = [image for message in messages for image in message.images]
+        self.require_sight(refs)
+        if self.seer is None or self.template is None:
+            ids, more = self.prompt_ids(messages), {}
+        else:
+            text, _, _ = self.seer.expanded(self.template.opened(messages), [], refs)
+            ids = self.template.ids(text)
+            more = self.seer.pixels(refs)
+            if self.seer.type_key is not None:
+                more[self.seer.type_key] = torch.tensor([self.seer.types(ids)])
+        ids_1T = torch.tensor([ids])
+        found = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **more}
+        return {name: value.to(self.model.device) for name, value in found.items()}
+
+    def require_sight(self, refs: Sequence[ImageRef]) -> None:
+        """Refuse images that the model cannot be shown.
+
+        Raises:
+            ConfigError: it reads text only, or has no chat template to show them in.
+        """
+        if refs and self.seer is None:
+            raise ConfigError("chat: this model reads text only; --image is for vision-language models")
+        if refs and self.template is None:
+            raise ConfigError("chat: this model has no chat template, so there is no place for an image")
+
+
+def question(text: str, system: str | None = None, images: Sequence[ImageRef] = ()) -> list[Message]:
+    """The messages of a single question; images stand before its text."""
     first = [Message("system", system)] if system else []
-    return [*first, Message("user", text)]
+    return [*first, Message("user", IMAGE_MARK * len(images) + text, images=tuple(images))]
+
+
+def image(path: str) -> ImageRef:
+    """An image file to be shown; it is read when the question is asked."""
+    return ImageRef(str(Path(path).expanduser()), None, path)
+
+
+def look(ref: ImageRef) -> None:
+    """See that an image can be shown.
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
+    from fastft.data import images
+
+    images.examine(ref, schema.Vision().max_image_pixels)
 
 
 def load(
@@ -108,15 +166,15 @@ def load(
             raise ConfigError(f"chat {model}: this is an adapter already; give its base model with --adapter {adapter}")
         adapter, model = str(wanted), _base_of(wanted)
         console.note(f"chat: {adapter} is an adapter; its base is {model}")
-        base = _locate(model, hub, f"the base of adapter {adapter}")
+        base = locate(model, hub, f"the base of adapter {adapter}")
     else:
-        base = _locate(model, hub, None)
-    words = tokenizer.read(Path(adapter) if adapter and _has_tokenizer(Path(adapter)) else base.weights_folder)
-    loaded = _read(base, bits, dtype)
+        base = locate(model, hub, None)
+    words, seer = _words(base, None if adapter is None else Path(adapter))
+    loaded = read(base, bits, dtype)
     if adapter is not None:
-        loaded = _with_adapter(loaded, Path(adapter))
+        loaded = with_adapter(loaded, Path(adapter))
     loaded.eval()
-    talk = Talk(loaded, words)
+    talk = Talk(loaded, words, seer=seer)
     if talk.template is None:
         console.note("chat: this model has no chat template; it continues your text instead of answering it")
     return talk
@@ -138,14 +196,13 @@ def answer(talk: Talk, messages: Sequence[Message] | str, sampling: Sampling, on
 
     if isinstance(messages, str):
         messages = question(messages)
-    ids_1T = torch.tensor([talk.prompt_ids(messages)], device=talk.model.device)
+    inputs = talk.inputs(messages)
     streamer = _Stream(talk.tokenizer, on_text)
     with device.same_random(talk.model.device), torch.no_grad():
         torch.manual_seed(sampling.seed)
         with folder_check.library_errors("chat: the model cannot answer (do its weights hold undefined numbers?)"):
             talk.model.generate(
-                input_ids=ids_1T,
-                attention_mask=torch.ones_like(ids_1T),
+                **inputs,
                 generation_config=_generation(talk, sampling),
                 streamer=streamer,
             )
@@ -214,7 +271,12 @@ def _generation(talk: Talk, sampling: Sampling) -> Any:
     )
 
 
-def _locate(model: str, hub: str, role: str | None) -> model_load.Base:
+def locate(model: str, hub: str, role: str | None) -> model_load.Base:
+    """Find a model by its folder or id; `role` says what it is for, where it is not the one that was asked for.
+
+    Raises:
+        HubError: it cannot be found.
+    """
     try:
         return model_load.locate(schema.Model.model_validate({"name": model, "hub": hub}))
     except HubError as cause:
@@ -238,10 +300,32 @@ def _has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file()
 
 
-def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
+def _words(base: model_load.Base, adapter: Path | None) -> "tuple[Any, Seer | None]":
+    """The tokenizer, and what makes tokens and pixels of images if the model sees; an adapter's own files win."""
+    if not vision.sees(base.config_json):
+        return tokenizer.read(adapter if adapter and _has_tokenizer(adapter) else base.weights_folder), None
+    from fastft.data.vision import Seer
+
+    has_processor = adapter is not None and any((adapter / name).is_file() for name in processor.FILES[:2])
+    folder = adapter if adapter is not None and has_processor else base.weights_folder
+    kind = str(base.config_json.get("model_type"))
+    made = processor.load(folder, model_type=kind)
+    if adapter is not None and not has_processor and _has_tokenizer(adapter):
+        made.tokenizer = tokenizer.read(adapter)
+    token = vision.image_token_id(model_load.read_model_config(base))
+    return made.tokenizer, Seer(made, token, schema.Vision(), kind)
+
+
+def read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
+    """Read the weights of a model to talk to; `bits` and `dtype` as in `load`.
+
+    Raises:
+        CheckpointError: they cannot be read, or the model does not talk.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    model_class = vision.model_class() if vision.sees(base.config_json) else AutoModelForCausalLM
     if any(str(name).endswith("ForSequenceClassification") for name in base.config_json.get("architectures") or ()):
         raise CheckpointError(f"model {base.folder}: a reward model gives an answer a number; it does not talk")
     quiet.hide_loading_bars()
@@ -252,16 +336,22 @@ def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
         held = torch.float32
     place: dict[str, Any] = {"device_map": {"": str(on)}} if on.type != "cpu" or bits or stored_4bit else {}
     if bits and stored_4bit is None:
-        place["quantization_config"] = quantization.settings(schema.Quantization(), on)
+        skip = vision.unquantized(model_load.read_model_config(base)) if vision.sees(base.config_json) else None
+        place["quantization_config"] = quantization.settings(schema.Quantization(), on, skip)
     model_config = model_load.read_model_config(base)
     device.share_cores(model_config, on)
-    model = model_load.read_weights(AutoModelForCausalLM, base, config=model_config, dtype=held, **place)
+    model = whole.read(model_class, base.weights_folder, config=model_config, dtype=held, **place)
     if bits or stored_4bit is not None:
-        quantization.disable_cpu_repacking(model)
+        quantization.make_safe(model)
     return model
 
 
-def _with_adapter(model: Any, adapter: Path) -> Any:
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """Put an adapter onto a model; gives peft's model.
+
+    Raises:
+        CheckpointError: it is none, does not fit, or does not talk.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     from fastft.convert.folder import read_safetensors
@@ -275,27 +365,18 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     weights = adapter / "adapter_model.safetensors"
     if not weights.exists():
         pickle = adapter / "adapter_model.bin"
-        raise CheckpointError(
-            f"adapter {adapter}: there is no adapter_model.safetensors"
-            + (
-                f"; {pickle.name} is a pickle, which chat does not read: `convert merge` does"
-                if pickle.exists()
-                else ""
-            )
-        )
-    there = read_safetensors(weights)
+        hint = f"; {pickle.name} is a pickle, which chat does not read: `convert merge` does" if pickle.exists() else ""
+        raise CheckpointError(f"adapter {adapter}: there is no {weights.name}{hint}")
+    there = set(read_safetensors(weights))
     with folder_check.library_errors(f"adapter {adapter}: does not fit the model"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what peft says of missing names is checked below
+        # peft only warns of weights that the file lacks, and leaves them as they were drawn.
+        warnings.filterwarnings("error", message=r"(?s).*missing adapter keys", category=UserWarning)
         adapted = PeftModel.from_pretrained(model, adapter)
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    for names, fault in (
-        (wanted - set(there), "is missing in"),
-        (set(there) - wanted, "has no place in the model, but is in"),
-    ):
-        if names:
-            raise CheckpointError(
-                f"adapter {adapter}: {min(names)} {fault} {weights.name}; it belongs to another model"
-            )
+    if there - wanted:
+        raise CheckpointError(
+            f"adapter {adapter}: {min(there - wanted)} of {weights.name} has no place in the model; it is of another model"
+        )
     return adapted
 
 
@@ -303,12 +384,8 @@ def _check_kind(settings: Mapping[str, Any], adapter: Path) -> None:
     """Refuse settings with which peft would import modules by name, or make matrices of any size."""
     from peft import PeftType
 
-    kind = settings.get("peft_type")
+    kind, rank = settings.get("peft_type"), settings.get("r")
     if not isinstance(kind, str) or kind not in set(PeftType):
         raise CheckpointError(f"adapter {adapter}: peft_type {kind!r} in adapter_config.json is not known")
-    if kind == "LORA":
-        rank = settings.get("r")
-        if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
-            raise CheckpointError(
-                f"adapter {adapter}: r in adapter_config.json must be 1 to {_MAX_RANK}, it is {rank!r}"
-            )
+    if kind == "LORA" and (type(rank) is not int or not 1 <= rank <= _MAX_RANK):
+        raise CheckpointError(f"adapter {adapter}: r in adapter_config.json must be 1 to {_MAX_RANK}, it is {rank!r}")

@@ -6,10 +6,12 @@ from fastft.cli.job import Job
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
 EXTRAS = {
     "deepspeed": "ZeRO",
-    "modelscope": "models from ModelScope",
+    "modelscope": "ModelScope",
     "tensorboard": "TensorBoard logs",
     "wandb": "Weights & Biases logs",
 }
+# Extras whose package has another name.
+PACKAGES = {"modelscope": "modelscope-hub"}
 
 
 def doctor() -> Job:
@@ -54,7 +56,7 @@ def _libraries() -> list[tuple[str, str]]:
             rows.append((name, f"MISSING: pip install {name}"))
     for name, purpose in EXTRAS.items():
         try:
-            rows.append((name, metadata.version(name)))
+            rows.append((name, metadata.version(PACKAGES.get(name, name))))
         except metadata.PackageNotFoundError:
             rows.append((name, f"not installed (only for {purpose}: pip install 'fastft[{name}]')"))
     return rows

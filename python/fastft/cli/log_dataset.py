@@ -34,7 +34,7 @@ def log_dataset(
     def run() -> None:
         from fastft.data import formats, preview
 
-        settings, words, prepared = read(config, overrides)
+        settings, tokenizer, prepared = read(config, overrides)
         for line in prepared.report.lines():
             console.note(line)
         samples = prepared.train
@@ -43,7 +43,7 @@ def log_dataset(
             raise UsageError(f"log-dataset: --index {index}: there are {count} samples, 0 to {count - 1}")
         colour = console.stdout().is_terminal
         for place in range(index, min(index + num, count)):
-            shown = preview.view_of(settings.task, samples, place, words, show, colour=colour)
+            shown = preview.view_of(settings.task, samples, place, tokenizer, show, colour=colour)
             console.stdout().print(shown)
 
     return Job(run)
@@ -59,20 +59,20 @@ def read(config: str, overrides: Sequence[str], *, keep_going: bool = False) -> 
     from fastft.data import prepare
     from fastft.hub import locate
     from fastft.model import load as model_load
-    from fastft.model import quiet, tokenizer
+    from fastft.model import quiet
+    from fastft.training import words
 
     settings = load.load(config, overrides).config
     locate.check(settings)
     quiet.prepare_environment()
-    words = tokenizer.load_tokenizer(model_load.locate(settings.model).weights_folder, settings.model)
-    if settings.task != "pretrain":
-        tokenizer.require_chat_template(words, settings.model)
+    read = words.read(settings, model_load.locate(settings.model))
     prepared = prepare.prepare(
         settings.data,
         settings.task,
-        words,
+        read.tokenizer,
         settings.train.seed,
         batch_size=settings.train.batch_size,
         keep_going=keep_going,
+        seer=read.seer,
     )
-    return settings, words, prepared
+    return settings, read.tokenizer, prepared

@@ -52,6 +52,8 @@ COMMANDS = (
     Command(("convert", "dequantize"), "convert_quantize:dequantize"),
     Command(("convert", "split"), "convert_split:split"),
     Command(("chat",), "chat:chat"),
+    Command(("download",), "download:download"),
+    Command(("upload",), "upload:upload"),
     Command(("doctor",), "doctor:doctor"),
     Command(("help",), "help:help_", {}),
     Command(("version",), "version:version"),

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastft.config import llava_recipes
 from fastft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,10 +34,14 @@ XTUNER_DATA = {
     "finetune_custom_sft": "custom_sft",
 }
 
-_SECTION = re.compile(r"^(base|chat|scratch|all):", re.MULTILINE)
+# Models of text families that see too.
+ALSO_SEE = ("gemma3_4b_it", "gemma3_12b_it", "gemma3_27b_it")
+
+_SECTION = re.compile(r"^(base|chat|scratch|vision|all):", re.MULTILINE)
 _MODEL = re.compile(r"^  ([a-z0-9_]+):", re.MULTILINE)
 _SIZE = re.compile(r"_(\d+(?:_\d)?)b(?:_|$)")
 _TASK = re.compile(r"^task: *(\w+)", re.MULTILINE)
+_SEES = re.compile(r"^vision:", re.MULTILINE)
 _EPOCHS = re.compile(r"^train:.*?epochs: *(\d+)", re.MULTILINE | re.DOTALL)
 # What may follow MODEL_METHOD_DATA, each at most once: epochs, longest sample, XTuner's number of GPUs.
 _TAIL = re.compile(
@@ -45,7 +50,7 @@ _TAIL = re.compile(
 
 
 class ModelPart(NamedTuple):
-    """A model's name in recipes: its family file and what it is fit for (`base`, `chat` or `scratch`)."""
+    """A model's name in recipes: its family file and what it is fit for (`base`, `chat`, `scratch` or `vision`)."""
 
     name: str
     family: str
@@ -53,11 +58,12 @@ class ModelPart(NamedTuple):
 
 
 class DataPart(NamedTuple):
-    """A data set's name in recipes, its task and its usual number of epochs."""
+    """A data set's name in recipes, its task, its usual number of epochs, and whether it has images."""
 
     name: str
     task: str
     epochs: int
+    sees: bool
 
 
 class Recipe(NamedTuple):
@@ -79,7 +85,8 @@ def names() -> list[str]:
         for data in data_sets().values()
         if _suits(model, method, data)
     ]
-    return [*_named(), *sorted(products)]
+    llava = llava_recipes.names((model.name, model.family) for model in models().values() if model.kind == "chat")
+    return [*_named(), *sorted([*products, *llava])]
 
 
 def search(pattern: str) -> list[str]:
@@ -127,6 +134,9 @@ def tree(name: str) -> "Branch":
 
     if name in _named():
         return _named_recipe(name)
+    together = _llava_recipe(name)
+    if together is not None:
+        return together
     recipe = parts(name)
     merged: Tree = _model_tree(recipe.model)
     for part in (f"methods/{recipe.method}", f"data/{recipe.data.name}"):
@@ -136,6 +146,32 @@ def tree(name: str) -> "Branch":
             place = f"recipe {name}"
             leaf = Branch({key: Leaf(number, str(number), place)}, place)
             merged = merge(merged, Branch({section: leaf}, place))
+    assert isinstance(merged, Branch)
+    return merged
+
+
+def _llava_recipe(name: str) -> "Branch | None":
+    """The config of a LLaVA that is put together; None: the name is no such recipe."""
+    from fastft.config.tree import Branch, Leaf, merge
+
+    found = llava_recipes.taken_apart(name)
+    if found is None or found.model not in models() or models()[found.model].family not in llava_recipes.FAMILIES:
+        return None
+    numbers = _tail(found.tail)
+    if numbers is None:
+        return None
+    merged: Tree = _model_tree(models()[found.model])
+    for part in found.parts:
+        merged = merge(merged, _part(part))
+    place = f"recipe {name}"
+    for section, key in (("train", "epochs"), ("data", "max_length")):
+        number = numbers.get(key)
+        if number is not None:
+            leaf = Branch({key: Leaf(number, str(number), place)}, place)
+            merged = merge(merged, Branch({section: leaf}, place))
+    if found.projector is not None:
+        leaf = Branch({"projector": Leaf(found.projector, found.projector, place)}, place)
+        merged = merge(merged, Branch({"vision": leaf}, place))
     assert isinstance(merged, Branch)
     return merged
 
@@ -180,7 +216,12 @@ def data_sets() -> dict[str, DataPart]:
     for path in sorted(FOLDER.glob("data/*.yaml")):
         text = path.read_text(encoding="utf-8")
         task, epochs = _TASK.search(text), _EPOCHS.search(text)
-        found[path.stem] = DataPart(path.stem, task.group(1) if task else "sft", int(epochs.group(1)) if epochs else 3)
+        found[path.stem] = DataPart(
+            path.stem,
+            task.group(1) if task else "sft",
+            int(epochs.group(1)) if epochs else 3,
+            _SEES.search(text) is not None,
+        )
     return found
 
 
@@ -211,6 +252,14 @@ def source_settings(source: str) -> dict[str, Any] | None:
     return None
 
 
+def part_sources(name: str) -> list[dict[str, Any]]:
+    """The data sets of our part `configs/data/NAME.yaml`, each with how its rows are read."""
+    from fastft.config.tree import plain
+
+    found: list[dict[str, Any]] = plain(_part(f"data/{name}"))["data"]["train"]
+    return found
+
+
 @cache
 def _named() -> list[str]:
     """The recipes that have a file of their own."""
@@ -223,6 +272,9 @@ def _suits(model: ModelPart, method: str, data: DataPart) -> bool:
         size = _SIZE.search(model.name)
         if size is None or float(size.group(1).replace("_", ".")) > SMALL_CARD_BILLIONS:
             return False
+    if data.sees or model.kind == "vision":
+        # A model that sees learns from text too, but who chooses one has images.
+        return data.sees and (model.kind == "vision" or model.name in ALSO_SEE) and method in {"full", "lora", "qlora"}
     own_data = data.name.startswith("custom_")
     if method in RARE and not (own_data and data.task in {"sft", "pretrain"}):
         return False

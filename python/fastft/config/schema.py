@@ -177,6 +177,13 @@ class Source(Section):
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: Name = Field("train", description="split of a hub data set")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    images: str | None = Field(
+        None,
+        description=(
+            "folder that paths of images in the rows start from, and which they may not leave; null: the folder of the "
+            "data file"
+        ),
+    )
     system: str | None = Field(None, description="system message for dialogues that have none")
     max_rows: Positive | None = Field(None, description="use only so many rows, from the start")
     weight: Annotated[float, Field(gt=0, le=1000)] = Field(
@@ -249,6 +256,88 @@ class Data(Section):
         ),
     )
     check: Check = Field(default_factory=Check, description="limits beyond which the data set is refused")
+
+
+class Learn(Section):
+    """Which parts of a vision-language model are trained."""
+
+    llm: Literal["method", "frozen"] = Field(
+        "method", description="the language model: as `method` says, or not at all (the projector's own training)"
+    )
+    projector: Literal["full", "frozen"] = Field(
+        "frozen",
+        description="what brings image features into the language model; full if left out with `tower`",
+    )
+    tower: Literal["frozen", "lora", "full"] = Field(
+        "frozen", description="the vision tower; lora: by `tower_lora`, beside the method's adapters"
+    )
+    tower_lora: Lora | None = Field(None, description="the tower's adapters, for tower: lora")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_lora(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("tower") == "lora" and values.get("tower_lora") is None:
+            return {**values, "tower_lora": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> Self:
+        if self.tower != "lora" and self.tower_lora is not None:
+            raise ValueError(f"`tower_lora` has no effect with tower: {self.tower}; remove it, or set tower: lora")
+        if self.llm == "frozen" and self.projector == "frozen" and self.tower == "frozen":
+            raise ValueError("llm, projector and tower are all frozen, so nothing is trained; set one of them")
+        return self
+
+
+class Vision(Section):
+    """A run that learns from images too; left out, images are refused and a model reads text only."""
+
+    tower: str | None = Field(
+        None,
+        description=(
+            "vision tower (CLIP), a folder or the model's id on the hub: model.name is a language model, and a LLaVA is "
+            "made of both; null: model.name is a vision-language model"
+        ),
+    )
+    projector: str | None = Field(None, description="with `tower`: folder of a projector that was trained before")
+    select_layer: int = Field(-2, description="with `tower`: the layer whose features are taken, counted from the end")
+    learn: Learn = Field(default_factory=Learn, description="which parts are trained")
+    min_pixels: Positive | None = Field(
+        None,
+        description="images are scaled up to so many pixels at least (processors of Qwen-VL); null: the model's own",
+    )
+    max_pixels: Positive | None = Field(
+        None,
+        description=(
+            "images are scaled down to so many pixels at most (processors of Qwen-VL), which bounds the tokens that an "
+            "image takes; null: the model's own"
+        ),
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        "error", description="skip: leave out rows with an image that is missing or cannot be read, counted"
+    )
+    max_image_pixels: Positive = Field(
+        100_000_000, description="an image with more pixels is refused as a decompression bomb"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_projector(cls, values: object) -> object:
+        """A LLaVA made of parts has a projector that knows nothing yet."""
+        if not isinstance(values, dict) or not values.get("tower"):
+            return values
+        learn = values.get("learn") or {}
+        if not isinstance(learn, dict) or "projector" in learn:
+            return values
+        return {**values, "learn": {**learn, "projector": "full"}}
+
+    @model_validator(mode="after")
+    def _parts_match(self) -> Self:
+        if self.projector is not None and self.tower is None:
+            raise ValueError("`projector` is for a LLaVA made of a language model and `tower`; set tower too")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels: {self.min_pixels} is more than max_pixels: {self.max_pixels}")
+        return self
 
 
 class Train(Section):
@@ -368,6 +457,7 @@ class Samples(Section):
     """Prompts answered before, during and after the training, to see what it learns."""
 
     prompts: tuple[Name, ...] = Field((), description="what is asked (task sft) or continued (task pretrain)")
+    images: tuple[Name, ...] = Field((), description="image files that are shown with each prompt, for models that see")
     system: str | None = Field(None, description="system message of the prompts")
     max_new_tokens: Positive = Field(100, description="longest answer")
 
@@ -423,6 +513,7 @@ class Config(Section):
     model: Model = Field(description="which weights to start from")
     method: Method = Field(description="what is trained")
     data: Data = Field(description="what is learned from")
+    vision: Vision | None = Field(None, description="for models that see: what of them is trained, and on what images")
     train: Train = Field(default_factory=Train, description="how it is learned")
     preference: Preference = Field(
         default_factory=Preference, description="how tasks dpo, orpo and kto weigh two answers"
@@ -472,6 +563,37 @@ class Config(Section):
             raise ValueError("samples.prompts: a reward model gives numbers and no answers; remove the prompts")
         if self.train.lora_plus_ratio != 1 and not self.method.has_adapter:
             raise ValueError("train.lora_plus_ratio is for adapters; set it to 1, or use kind: lora or qlora")
+        return self
+
+    @model_validator(mode="after")
+    def _vision_fits(self) -> Self:
+        vision, method = self.vision, self.method
+        if vision is None:
+            for number, source in enumerate((*self.data.train, *self.data.eval)):
+                if source.images is not None:
+                    raise ValueError(
+                        f"source {number + 1} has `images`, which are for vision-language models; set vision"
+                    )
+            if self.samples.images:
+                raise ValueError("samples.images are for vision-language models; set vision")
+            return self
+        if self.task not in {"sft", "pretrain"}:
+            raise ValueError(f"`vision` is for task: sft or pretrain, not {self.task}")
+        if method.kind == "freeze":
+            raise ValueError("`vision` is for methods full, lora and qlora; vision.learn says which parts are trained")
+        if vision.learn.tower_lora is not None:
+            if not method.has_adapter:
+                raise ValueError(f"vision.learn.tower: lora goes with method lora or qlora, not {method.kind}")
+            assert method.lora is not None
+            ours, theirs = method.lora, vision.learn.tower_lora
+            for name in ("dropout", "rslora", "dora", "init"):
+                if getattr(ours, name) != getattr(theirs, name):
+                    raise ValueError(
+                        f"vision.learn.tower_lora.{name} must be that of method.lora: they are one adapter; r, alpha and "
+                        "targets may differ"
+                    )
+            if theirs.modules_to_save:
+                raise ValueError("vision.learn.tower_lora.modules_to_save: name them in method.lora.modules_to_save")
         return self
 
     @model_validator(mode="after")

@@ -10,40 +10,11 @@ its `accumulative_counts`.
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from fastft.config import chat_templates, recipes
+from fastft.config import recipes, xtuner_names, xtuner_vision
 from fastft.config.python_text import Call, Symbol, Value, read
-from fastft.config.schema import Config
 from fastft.errors import ConfigError
-
-# XTuner's model classes and the tasks that they are for.
-_TASKS = {"SupervisedFinetune": "sft", "DPO": "dpo", "ORPO": "orpo", "RewardModel": "reward"}
-_OPTIMIZERS = {"AdamW": "adamw", "AdamW8bit": "adamw_8bit", "PagedAdamW8bit": "paged_adamw_8bit"}
-_FORMATS = {
-    "alpaca_map_fn": "alpaca",
-    "alpaca_zh_map_fn": "alpaca",
-    "openai_map_fn": "messages",
-    "oasst1_map_fn": "guanaco",
-    "pretrain_map_fn": "text",
-    "default_map_fn": "conversation",
-}
-_FILE_LOADERS = ("json", "csv", "parquet", "text")
-
-# Settings without an effect of their own in our runs, or the same for all of them.
-_HARMLESS = (
-    "tokenizer.*", "*.tokenizer", "*.tokenizer.*", "*type", "model.llm.trust_remote_code", "model.use_varlen_attn",
-    "model.llm.quantization_config.llm_int8_*", "*.task_type", "*.bias", "train_dataloader.num_workers",
-    "train_dataloader.pin_memory", "train_dataloader.collate_fn.*", "train_dataloader.sampler.*",
-    "*.remove_unused_columns", "*.shuffle_before_pack", "*.use_varlen_attn", "*.num_proc", "*.map_num_proc",
-    "*.template_map_fn.*", "*.is_dpo", "*.is_reward", "*.reward_token_id", "*.max_packed_length",
-    "optim_wrapper.loss_scale", "optim_wrapper.dtype", "optim_wrapper.clip_grad.error_if_nonfinite",
-    "param_scheduler.*", "custom_hooks.*", "default_hooks.*", "randomness.deterministic",
-)  # fmt: skip
-_ROOTS = (
-    "model", "tokenizer", "train_dataloader", "val_dataloader", "test_dataloader", "optim_wrapper", "param_scheduler",
-    "train_cfg", "custom_hooks", "default_hooks", "randomness", "load_from", "resume", "visualizer", "work_dir",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +40,9 @@ def imported(text: str, place: str) -> Imported:
     Raises:
         ConfigError: it cannot be read without running it, or is for something that fastft does not train.
     """
-    names = read(text, place)
+    names = _as_runner(read(text, place))
+    if "_base_" in names:
+        raise ConfigError(f"{place}: builds on another config (_base_); give one whole file")
     if not isinstance(names.get("model"), dict) or "train_dataloader" not in names:
         raise ConfigError(
             f"{place}: no XTuner config: it has no `model = dict(...)` and `train_dataloader = dict(...)`; a config"
@@ -84,6 +57,7 @@ class _Settings:
     def __init__(self, values: Mapping[str, Value]) -> None:
         self._values = values
         self._taken: set[str] = set()
+        self._wholly: set[str] = set()
 
     def take(self, *path: str | int) -> Value:
         """The value at a path, None where there is none."""
@@ -96,14 +70,19 @@ class _Settings:
         self._taken.add(".".join(map(str, path)))
         return value
 
+    def take_whole(self, *path: str | int) -> Value:
+        """The same, with everything in it."""
+        self._wholly.add(".".join(map(str, path)))
+        return self.take(*path)
+
     def left(self) -> Iterator[tuple[str, Value]]:
         """Settings that nobody asked for and that would do something."""
-        for root in _ROOTS:
+        for root in xtuner_names.ROOTS:
             if root in self._values:
                 yield from self._left(root, self._values[root])
 
     def _left(self, path: str, value: Value) -> Iterator[tuple[str, Value]]:
-        if path in self._taken and not isinstance(value, (dict, list)):
+        if path in self._wholly or (path in self._taken and not isinstance(value, (dict, list))):
             return
         if isinstance(value, dict) and value:
             for key, inner in value.items():
@@ -122,46 +101,97 @@ class _Import:
         self._settings = _Settings(names)
         self._place = place
         self._notes: list[str] = []
+        self._template_name: str | None = None
         self._sample_steps: int | None = None
-        self._accumulation = _whole(self._settings.take("optim_wrapper", "accumulative_counts")) or 1
+        self._sees = False
+        self._parallel = _whole(names.get("sequence_parallel_size")) or 1
+        self._accumulation = self._accumulated(
+            _whole(self._settings.take("optim_wrapper", "accumulative_counts"))
+            or _whole(self._settings.take("training_args", "gradient_accumulation_steps"))
+            or 1
+        )
 
     def run(self) -> Imported:
+        self._sees = _last(self._settings.take("model", "type")) in xtuner_vision.TYPES
         model = self._model()
         data, formats = self._data()
+        task = self._task(formats)
+        method = self._method()
+        if self._template_name is not None and task != "pretrain":
+            model.setdefault("chat_template", self._template_name)
         values: dict[str, Any] = {
-            "task": self._task(formats),
+            "task": task,
             "model": model,
-            "method": self._method(),
+            "method": method,
             "data": data,
+            "vision": xtuner_vision.section(self._settings, method.get("lora"), self._note) if self._sees else {},
             "train": self._train(),
+            "preference": self._preference(task),
             "samples": self._samples(),
             "output": self._output(),
         }
-        if self._sample_steps is not None:
+        if task == "reward" and values["samples"]:
+            self._note("custom_hooks: EvaluateChatHook: a reward model gives no answers; left out")
+            values["samples"] = {}
+        elif self._sample_steps is not None:
             values["train"]["sample_steps"] = self._sample_steps
         for path, value in self._settings.left():
-            self._notes.append(f"{path} = {_shown(value)}: no counterpart; left out")
+            self._note(f"{path} = {_shown(value)}: no counterpart; left out")
         return Imported({key: part for key, part in values.items() if part}, tuple(self._notes))
+
+    def _note(self, text: str) -> None:
+        """Say once what has no counterpart."""
+        if text not in self._notes:
+            self._notes.append(text)
+
+    def _accumulated(self, counts: int) -> int:
+        """XTuner's accumulation without the factor that makes up for sequence parallelism, which is not built here."""
+        if self._parallel == 1:
+            return counts
+        self._note(
+            f"sequence_parallel_size = {self._parallel}: no counterpart; every device holds whole rows (the memory"
+            " switches of docs/memory.md make room), and gradients are summed over as many tokens as before"
+        )
+        return max(1, counts // self._parallel)
 
     def _refuse(self, reason: str) -> ConfigError:
         return ConfigError(f"{self._place}: {reason}")
 
     def _task(self, formats: Sequence[str]) -> str:
         kind = _last(self._settings.take("model", "type"))
-        task = _TASKS.get(kind)
-        known = get_args(Config.model_fields["task"].annotation)
-        if task is None or task not in known:
-            raise self._refuse(f"model.type {kind}: not built; {', '.join(_TASKS)} configs for {', '.join(known)} are")
+        task = xtuner_names.TASKS.get(kind)
+        if task is None:
+            raise self._refuse(f"model.type {kind}: not built; {', '.join(xtuner_names.TASKS)} are")
         return "pretrain" if formats and set(formats) == {"text"} else task
+
+    def _preference(self, task: str) -> dict[str, Any]:
+        take = self._settings.take
+        kind = take("model", "loss_type")
+        if task == "dpo" and kind not in (None, "sigmoid"):
+            hint = "; task: kto takes pairs as judged answers" if kind == "kto_pair" else ""
+            raise self._refuse(f"model.loss_type {kind!r}: only DPO's own loss, sigmoid, is built{hint}")
+        if task == "reward":
+            penalty = take("model", "penalty_type")
+            if kind == "focal" or penalty not in (None, "none"):
+                self._note(
+                    f"model.loss_type = {kind!r}, penalty_type = {penalty!r}: the loss here is that of ranking"
+                    " (Bradley-Terry), without a penalty"
+                )
+            return {}
+        wanted = {"dpo": ("beta", "label_smoothing"), "orpo": ("beta",)}.get(task, ())
+        return {key: value for key in wanted if (value := take("model", key)) is not None}
 
     def _model(self) -> dict[str, Any]:
         take = self._settings.take
-        name = take("model", "llm", "pretrained_model_name_or_path")
+        if self._sees:
+            name = xtuner_vision.base(self._settings, self._note)
+        else:
+            name = take("model", "llm", "pretrained_model_name_or_path")
         if not isinstance(name, str):
             raise self._refuse("model.llm.pretrained_model_name_or_path: the base model's folder or id is missing")
         model: dict[str, Any] = {"name": name, **recipes.model_settings(name)}
         if take("model", "llm", "trust_remote_code") and "trust_remote_code" not in model:
-            self._notes.append(
+            self._note(
                 "model.llm.trust_remote_code = True: not taken over; add model.trust_remote_code=true if the model"
                 " needs its own code and you trust it"
             )
@@ -169,9 +199,7 @@ class _Import:
         if dtype in ("bfloat16", "float32"):
             model["dtype"] = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
         elif dtype == "float16":
-            self._notes.append(
-                "model.llm.torch_dtype = float16: the checkpoint's own dtype is used (model.dtype: auto)"
-            )
+            self._note("model.llm.torch_dtype = float16: the checkpoint's own dtype is used (model.dtype: auto)")
         attention = take("model", "llm", "attn_implementation")
         if attention in ("sdpa", "eager", "flash_attention_2"):
             model["attention"] = attention
@@ -179,29 +207,56 @@ class _Import:
 
     def _method(self) -> dict[str, Any]:
         take = self._settings.take
+        if self._sees:
+            return self._vision_method()
         lora = take("model", "lora")
         quantization = take("model", "llm", "quantization_config")
+        if take("model", "llm", "load_in_8bit"):
+            raise self._refuse("model.llm.load_in_8bit: 8-bit bases are not built; use 4 bit (method.kind: qlora)")
         if quantization is not None and take("model", "llm", "quantization_config", "load_in_8bit"):
             raise self._refuse("model.llm.quantization_config.load_in_8bit: 8-bit bases are not built; use 4 bit")
         if lora is None:
             if quantization is not None:
                 raise self._refuse("model: a quantized base without `lora`: there is nothing to train")
             return {"kind": "full"}
-        method: dict[str, Any] = {"kind": "lora" if quantization is None else "qlora", "lora": self._lora()}
+        method: dict[str, Any] = {"kind": "lora" if quantization is None else "qlora", "lora": self._lora("lora")}
         if quantization is not None:
             method["quantization"] = self._quantization()
         return method
 
-    def _lora(self) -> dict[str, Any]:
+    def _vision_method(self) -> dict[str, Any]:
+        """How the language model is trained; a frozen one in 4 bits is qlora with `vision.learn.llm: frozen`."""
+        take = self._settings.take
+        quantized = take("model", "llm", "quantization_config") is not None
+        settings = self._quantization() if quantized else None
+        if xtuner_vision.quantized_internvl(self._settings, self._note):
+            settings = {"type": "nf4", "double_quant": True}
+        adapters = take("model", "llm_lora") is not None
+        if not adapters and settings is None:
+            if take("model", "visual_encoder_lora") is not None:
+                raise self._refuse(
+                    "model.visual_encoder_lora: adapters in the tower go with adapters in the language model (llm_lora)"
+                )
+            return {"kind": "full"}
+        if not adapters and not take("model", "freeze_llm"):
+            raise self._refuse("model: a quantized language model without `llm_lora` must be frozen (freeze_llm=True)")
+        method: dict[str, Any] = {"kind": "lora" if settings is None else "qlora"}
+        if adapters:
+            method["lora"] = self._lora("llm_lora")
+        if settings is not None:
+            method["quantization"] = settings
+        return method
+
+    def _lora(self, key: str) -> dict[str, Any]:
         take = self._settings.take
         pairs = {
             "r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
             "modules_to_save": "modules_to_save", "use_rslora": "rslora",
         }  # fmt: skip
-        found = {ours: take("model", "lora", theirs) for theirs, ours in pairs.items()}
-        bias = take("model", "lora", "bias")
+        found = {ours: take("model", key, theirs) for theirs, ours in pairs.items()}
+        bias = take("model", key, "bias")
         if bias not in (None, "none"):
-            self._notes.append(f"model.lora.bias = {bias!r}: no counterpart; biases stay as they are")
+            self._note(f"model.{key}.bias = {bias!r}: no counterpart; biases stay as they are")
         return {"r": 8, "alpha": 8, **{key: value for key, value in found.items() if value is not None}}
 
     def _quantization(self) -> dict[str, Any]:
@@ -221,44 +276,62 @@ class _Import:
         }
 
     def _data(self) -> tuple[dict[str, Any], list[str]]:
-        top = self._settings.take("train_dataloader", "dataset")
-        at: tuple[str | int, ...] = ("train_dataloader", "dataset")
-        parts: list[tuple[str | int, ...]] = [at]
-        if isinstance(top, dict) and "datasets" in top:
-            cfg = "datasets_kwargs" in top
-            if cfg:
-                raise self._refuse("train_dataloader.dataset.datasets_kwargs: not read; write the data sets out")
-            parts = [(*at, "datasets", index) for index in range(len(top["datasets"]))]
+        parts = self._parts()
         sources = [source for part in parts for source in self._sources(part)]
         data: dict[str, Any] = {"train": sources, "on_bad_row": "skip"}
         lengths = {self._settings.take(*part, "max_length") for part in parts} - {None}
         if len(lengths) > 1:
-            self._notes.append(f"max_length differs between the data sets ({sorted(lengths)}); the largest is used")
+            self._note(f"max_length differs between the data sets ({sorted(lengths)}); the largest is used")
         if lengths:
             data["max_length"] = max(lengths)
-        packed = {bool(self._settings.take(*part, "pack_to_max_length")) for part in parts}
+        packed = {self._is_packed(part) for part in parts}
         data["packing"] = True in packed
         if len(packed) > 1:
-            self._notes.append("pack_to_max_length differs between the data sets; all of them are packed")
+            self._note("pack_to_max_length differs between the data sets; all of them are packed")
         shuffle = self._settings.take("train_dataloader", "sampler", "shuffle")
         if shuffle is False:
             data["shuffle"] = False
         return data, [source.get("format", "auto") for source in sources]
 
+    def _parts(self) -> list[tuple[str | int, ...]]:
+        """Where the data sets stand: one, or those that a ConcatDataset joins (in a dict in XTuner 0.1.0)."""
+        at = ("train_dataloader", "dataset")
+        top = self._settings.take(*at)
+        if not isinstance(top, dict):
+            raise self._refuse("train_dataloader.dataset: the data set is missing")
+        for key in ("datasets", "datasets_cfg"):
+            joined = top.get(key)
+            if isinstance(joined, dict):
+                return [(*at, key, name) for name in joined]
+            if isinstance(joined, (list, tuple)):
+                return [(*at, key, index) for index in range(len(joined))]
+        if "datasets_kwargs" in top:
+            raise self._refuse("train_dataloader.dataset.datasets_kwargs: not read; write the data sets out")
+        return [at]
+
+    def _is_packed(self, part: tuple[str | int, ...]) -> bool:
+        """Preference data is packed where attention is kept within a sample (`use_varlen_attn`)."""
+        take = self._settings.take
+        if _last(take(*part, "type")) == "build_preference_dataset":
+            return False
+        return bool(take(*part, "pack_to_max_length"))
+
     def _sources(self, at: tuple[str | int, ...]) -> list[dict[str, Any]]:
         take = self._settings.take
         kind = _last(take(*at, "type"))
+        if kind in xtuner_vision.DATA_TYPES:
+            self._template(take(*at, "template_map_fn", "template") or take(*at, "template"))
+            return xtuner_vision.sources(self._settings, at, self._note, self._refuse)
         if kind not in ("process_hf_dataset", "process_ms_dataset", "build_preference_dataset", "build_openai_dataset"):
-            raise self._refuse(f"{'.'.join(map(str, at))}: data sets of {kind or 'an unnamed kind'} are not read")
+            why = xtuner_names.REFUSED_DATA.get(kind)
+            raise self._refuse(
+                f"{_joined(at)}: data sets of {kind or 'an unnamed kind'} are not read{f': {why}' if why else ''}"
+            )
         inner = (*at, "dataset")
-        path = take(*inner, "path") or take(*inner, "dataset_name")
-        if not isinstance(path, str):
-            raise self._refuse(f"{'.'.join(map(str, inner))}.path: the data set's path or id is missing")
-        names = self._files(inner) if path in _FILE_LOADERS else [path]
+        names = self._names(inner)
         mapping = take(*at, "dataset_map_fn")
         mapping = take(*at, "dataset_map_fn", "function") if isinstance(mapping, dict) else mapping
-        template = _last(take(*at, "template_map_fn", "template"))
-        self._template(template)
+        self._template(take(*at, "template_map_fn", "template"))
         settings: dict[str, Any] = {}
         if kind == "process_ms_dataset":
             settings["hub"] = "modelscope"
@@ -275,13 +348,31 @@ class _Import:
             settings["max_rows"] = rows
         return [{"source": name, **self._format(name, mapping), **settings} for name in names]
 
+    def _names(self, inner: tuple[str | int, ...]) -> list[str]:
+        """The files, the folder or the id that a data set is loaded from."""
+        take = self._settings.take
+        loader = _last(take(*inner, "type"))
+        if loader == "load_from_disk":
+            raise self._refuse(
+                f"{_joined(inner)}: load_from_disk reads folders of `datasets`; save the rows as jsonl or parquet"
+            )
+        path = take(*inner, "path") or take(*inner, "dataset_name")
+        if loader in xtuner_names.FILE_READERS or path in xtuner_names.FILE_LOADERS:
+            return self._files(inner)
+        if not isinstance(path, str):
+            raise self._refuse(f"{_joined(inner)}.path: the data set's path or id is missing")
+        return [path]
+
     def _files(self, inner: tuple[str | int, ...]) -> list[str]:
-        files = self._settings.take(*inner, "data_files")
+        folder = self._settings.take(*inner, "data_dir")
+        files = self._settings.take_whole(*inner, "data_files")
+        if files is None and isinstance(folder, str):
+            return [f"{folder.rstrip('/')}/"]
         if isinstance(files, dict):
             files = files.get("train")
         listed = [files] if isinstance(files, str) else files
         if not isinstance(listed, (list, tuple)) or not all(isinstance(name, str) for name in listed) or not listed:
-            raise self._refuse(f"{'.'.join(map(str, inner))}.data_files: the names of the training files are missing")
+            raise self._refuse(f"{_joined(inner)}.data_files: the names of the training files are missing")
         return list(listed)
 
     def _format(self, name: str, mapping: Value) -> dict[str, Any]:
@@ -289,22 +380,46 @@ class _Import:
         if (known := recipes.source_settings(name)) is not None:
             return known
         function = _last(mapping)
-        if function in _FORMATS:
-            return {"format": _FORMATS[function]}
+        if function in xtuner_names.FORMATS:
+            return dict(xtuner_names.FORMATS[function])
+        if function in xtuner_names.PARTS:
+            part, _, index = xtuner_names.PARTS[function].partition(".")
+            settings = recipes.part_sources(part)[int(index or 0)]
+            found = {key: value for key, value in settings.items() if key not in ("source", "subset", "split")}
+            if function in xtuner_names.COLUMNS:
+                found["columns"] = dict(xtuner_names.COLUMNS[function])
+            return found
         if function:
-            self._notes.append(f"dataset_map_fn {function} of {name}: not run; the format is found from the columns")
+            self._note(f"dataset_map_fn {function} of {name}: not run; the format is found from the columns")
         return {}
 
-    def _template(self, name: str) -> None:
-        if name in ("", "default") or name in chat_templates.names():
+    def _template(self, template: Value) -> None:
+        """Remember which of our chat templates a prompt template is; it counts where the tokenizer has none."""
+        if isinstance(template, dict):
+            self._note(
+                "template_map_fn.template: a form of its own; the tokenizer's chat template is used, or a .jinja file"
+                " that says the same as model.chat_template"
+            )
             return
-        note = f"template {name}: the tokenizer's own chat template is used"
-        if note not in self._notes:
-            self._notes.append(note)
+        name = _last(template)
+        if not name:
+            return
+        ours = xtuner_names.TEMPLATES.get(name)
+        if ours is None:
+            self._note(
+                f"template {name}: the tokenizer's own chat template is used; where it has none, set"
+                " model.chat_template to a .jinja file"
+            )
+        elif self._template_name not in (None, ours):
+            self._note(f"template {name}: a second form; one run has one template: {self._template_name}")
+        else:
+            self._template_name = ours
 
     def _train(self) -> dict[str, Any]:
         take = self._settings.take
         train: dict[str, Any] = {"grad_accumulation": self._accumulation}
+        if isinstance(take("training_args"), dict):
+            return train | self._training_args()
         pairs = {
             "lr": ("optim_wrapper", "optimizer", "lr"),
             "weight_decay": ("optim_wrapper", "optimizer", "weight_decay"),
@@ -318,15 +433,52 @@ class _Import:
         if (iterations := take("train_cfg", "max_iters")) is not None:
             train["max_steps"] = self._steps(iterations)
         optimizer = _last(take("optim_wrapper", "optimizer", "type"))
-        if optimizer in _OPTIMIZERS:
-            train["optimizer"] = _OPTIMIZERS[optimizer]
+        if optimizer in xtuner_names.OPTIMIZERS:
+            train["optimizer"] = xtuner_names.OPTIMIZERS[optimizer]
         elif optimizer:
-            self._notes.append(f"optim_wrapper.optimizer.type = {optimizer}: no counterpart; adamw is used")
+            self._note(f"optim_wrapper.optimizer.type = {optimizer}: no counterpart; adamw is used")
         if (checkpointing := take("model", "use_activation_checkpointing")) is not None:
             train["gradient_checkpointing"] = checkpointing
         if (interval := take("default_hooks", "logger", "interval")) is not None:
             train["log_steps"] = self._steps(interval)
         train |= self._schedule(train.get("epochs"))
+        return train
+
+    def _training_args(self) -> dict[str, Any]:
+        """What transformers' TrainingArguments say (framework = 'huggingface'); it counts in optimizer steps, as we do."""
+
+        def take(key: str) -> Value:
+            return self._settings.take("training_args", key)
+
+        pairs = {
+            "lr": "learning_rate", "weight_decay": "weight_decay", "batch_size": "per_device_train_batch_size",
+            "epochs": "num_train_epochs", "log_steps": "logging_steps", "max_grad_norm": "max_grad_norm", "seed": "seed",
+            "gradient_checkpointing": "gradient_checkpointing", "warmup_ratio": "warmup_ratio",
+        }  # fmt: skip
+        train = {ours: value for ours, theirs in pairs.items() if (value := take(theirs)) is not None}
+        betas = (take("adam_beta1"), take("adam_beta2"))
+        if betas != (None, None):
+            train["betas"] = [betas[0] or 0.9, betas[1] or 0.999]
+        if isinstance(steps := take("max_steps"), int) and steps > 0:
+            train["max_steps"] = steps
+        if isinstance(warmup := take("warmup_steps"), int) and warmup > 0:
+            if "max_steps" in train:
+                train["warmup_ratio"] = min(1.0, warmup / train["max_steps"])
+            else:
+                self._note(
+                    f"training_args.warmup_steps = {warmup}: set train.warmup_ratio, a part of all steps, yourself"
+                )
+        train.setdefault("warmup_ratio", 0.0)
+        schedule = take("lr_scheduler_type")
+        if schedule is None or schedule in xtuner_names.SCHEDULES:
+            train["schedule"] = xtuner_names.SCHEDULES.get(schedule or "linear", "linear")
+        else:
+            self._note(f"training_args.lr_scheduler_type = {schedule!r}: no counterpart; cosine is used")
+        optimizer = take("optim")
+        if optimizer in xtuner_names.HUGGINGFACE_OPTIMIZERS:
+            train["optimizer"] = xtuner_names.HUGGINGFACE_OPTIMIZERS[optimizer]
+        elif optimizer:
+            self._note(f"training_args.optim = {optimizer!r}: no counterpart; adamw is used")
         return train
 
     def _schedule(self, epochs: float | None) -> dict[str, Any]:
@@ -343,11 +495,11 @@ class _Import:
             elif kind == "CosineAnnealingLR":
                 found["schedule"] = "cosine"
                 if scheduler.get("eta_min"):
-                    self._notes.append(f"param_scheduler: eta_min = {scheduler['eta_min']}: the rate falls to 0 here")
+                    self._note(f"param_scheduler: eta_min = {scheduler['eta_min']}: the rate falls to 0 here")
             elif kind in ("ConstantLR", "LinearLR"):
                 found["schedule"] = {"ConstantLR": "constant", "LinearLR": "linear"}[kind]
             else:
-                self._notes.append(f"param_scheduler {kind or _shown(scheduler)}: no counterpart; left out")
+                self._note(f"param_scheduler {kind or _shown(scheduler)}: no counterpart; left out")
         return found if "schedule" in found or not schedulers else {**found, "schedule": "constant"}
 
     def _samples(self) -> dict[str, Any]:
@@ -359,23 +511,40 @@ class _Import:
                 if isinstance(every := hook.get("every_n_iters"), int):
                     self._sample_steps = self._steps(every)
                 samples["prompts"] = hook.get("evaluation_inputs") or []
+                if self._sees and (images := xtuner_vision.sample_images(hook.get("evaluation_images"), self._note)):
+                    samples["images"] = images
+                elif self._sees:
+                    samples["prompts"] = []
                 if isinstance(hook.get("max_new_tokens"), int):
                     samples["max_new_tokens"] = hook["max_new_tokens"]
                 if isinstance(hook.get("system"), str) and hook["system"]:
                     samples["system"] = hook["system"]
                 elif isinstance(hook.get("system"), Symbol):
-                    self._notes.append(f"custom_hooks: system = {hook['system'].name}: set samples.system yourself")
-            elif kind not in ("DatasetInfoHook", "VarlenAttnArgsToMessageHubHook", "ThroughputHook", ""):
-                self._notes.append(f"custom_hooks: {kind}: no counterpart; left out")
+                    samples |= self._system(hook["system"].last)
+            elif kind not in xtuner_names.IDLE_HOOKS | {""}:
+                self._note(f"custom_hooks: {kind}: no counterpart; left out")
         return samples
+
+    def _system(self, name: str) -> dict[str, str]:
+        """The system message of the sample prompts, in the words of our part for the same data."""
+        if name in xtuner_names.SYSTEMS:
+            return {"system": recipes.part_sources(xtuner_names.SYSTEMS[name])[0]["system"]}
+        if name == "alpaca":
+            self._note("custom_hooks: system = SYSTEM_TEMPLATE.alpaca: left out; no dialogue of the data set has it")
+        else:
+            self._note(f"custom_hooks: system = SYSTEM_TEMPLATE.{name}: set samples.system yourself")
+        return {}
 
     def _output(self) -> dict[str, Any]:
         take = self._settings.take
         output: dict[str, Any] = {}
+        if isinstance(take("training_args"), dict):
+            pairs = {"save_steps": "save_steps", "keep": "save_total_limit", "dir": "output_dir"}
+            return {ours: value for ours, theirs in pairs.items() if (value := take("training_args", theirs))}
         interval = take("default_hooks", "checkpoint", "interval")
         if isinstance(interval, int) and interval > 0:
             if take("default_hooks", "checkpoint", "by_epoch"):
-                self._notes.append("default_hooks.checkpoint.by_epoch: checkpoints are counted in steps here")
+                self._note("default_hooks.checkpoint.by_epoch: checkpoints are counted in steps here")
             else:
                 output["save_steps"] = self._steps(interval)
         keep = take("default_hooks", "checkpoint", "max_keep_ckpts")
@@ -400,12 +569,24 @@ def _last(value: Value) -> str:
     return name.rpartition(".")[2]
 
 
+def _as_runner(names: Mapping[str, Value]) -> Mapping[str, Value]:
+    """A config for the Hugging Face Trainer (framework = 'huggingface') with model, adapter and data where mmengine's are."""
+    if "training_args" not in names or "train_dataset" not in names:
+        return names
+    model = {"type": Symbol("xtuner.model.SupervisedFinetune"), "llm": names.get("model"), "lora": names.get("lora")}
+    return {**names, "model": model, "train_dataloader": {"dataset": names["train_dataset"]}}
+
+
+def _joined(path: Sequence[str | int]) -> str:
+    return ".".join(map(str, path))
+
+
 def _whole(value: Value) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _is_harmless(path: str) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in _HARMLESS)
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in xtuner_names.HARMLESS)
 
 
 def _shown(value: Value) -> str:

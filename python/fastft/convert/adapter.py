@@ -194,7 +194,10 @@ def read_adapter(folder: Path, *, base_is_residual: bool = False) -> Adapter:
         raise FileError(f"{folder}: no {WEIGHTS} there")
     training_path = folder / TRAINING
     training = read_object(training_path) if training_path.exists() else None
-    return understood(tensors, config, weights_path, files=(config_path, weights_path), training=training)
+    adapter = understood(tensors, config, weights_path, files=(config_path, weights_path), training=training)
+    if adapter.kind == "LORA":
+        _check_complete(adapter, weights_path)
+    return adapter
 
 
 def understood(
@@ -225,7 +228,6 @@ def understood(
         replaced, token_rows, rest = _sort_other_tensors(tensors, str(config["peft_type"]), path)
         return Adapter(path.parent, config, {}, replaced, token_rows, training, fingerprints, peft_tensors=rest)
     low_rank, replaced, token_rows, parameters = _sort_tensors(tensors, config, path)
-    _check_complete(config, low_rank, replaced, token_rows, path)
     return Adapter(path.parent, config, low_rank, replaced, token_rows, training, fingerprints, parameters)
 
 
@@ -391,33 +393,28 @@ def _sort_tensors(
     return low_rank, replaced, token_rows, parameters
 
 
-def _check_complete(
-    config: Mapping[str, Any],
-    low_rank: Mapping[str, LowRank],
-    replaced: Mapping[str, Source],
-    token_rows: Mapping[str, Source],
-    path: Path,
-) -> None:
+def _check_complete(adapter: Adapter, path: Path) -> None:
     """Hold what the settings name against what the file has: neither more nor less.
 
     What of the base they name is `names`' to check.
     """
+    config = adapter.config
     targets = config.get("target_modules")
     if isinstance(targets, list):
         # What lies under a module that is named belongs to it (torch's attention).
-        plain = {module: module.partition(".base_layer.")[0] for module in low_rank}
+        plain = {module: module.partition(".base_layer.")[0] for module in adapter.low_rank}
         other = [module for module, owner in plain.items() if not _is_target_module(owner, config, path)]
         if other and not config.get("target_parameters"):
             raise CheckpointError(
                 f"{path}: it has matrices for {other[0]}, but target_modules of {CONFIG} does not name it"
                 f" ({', '.join(map(str, targets[:8]))})"
             )
-    if config.get("trainable_token_indices") and not token_rows:
+    if config.get("trainable_token_indices") and not adapter.token_rows:
         raise CheckpointError(f"{path}: {CONFIG} says trainable_token_indices, but the file has no new rows")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise CheckpointError(f"{path}: modules_to_save of {CONFIG} must list names of modules, it is {saved!r}")
-    absent = [name for name in saved if not any(f".{name}." in f".{tensor}" for tensor in replaced)]
+    absent = [name for name in saved if not any(f".{name}." in f".{tensor}" for tensor in adapter.replaced)]
     # For these tasks PEFT lists two names of heads, of which a model has one.
     heads = config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and {"classifier", "score"} >= set(absent)
     if absent and not (heads and len(absent) < len(saved)):

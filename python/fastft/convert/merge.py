@@ -3,13 +3,13 @@
 `plan` reads headers only and refuses everything that cannot be right; `execute` (of `rewrite`) runs the plan.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from fastft.convert import offsets, peft_layers, quantized
+from fastft.convert import classifier, offsets, peft_layers, quantized
 from fastft.convert.adapter import Adapter, read_adapter
 from fastft.convert.bitsandbytes_layout import BLOCKSIZES, CONV1D_MODELS, config_block
 from fastft.convert.folder import Checkpoint, read_checkpoint
@@ -42,6 +42,7 @@ from fastft.errors import PlanError, UsageError
 __all__ = [
     "RewritePlan",
     "as_trained",
+    "base_notes",
     "execute",
     "four_bit_base",
     "output_dtype",
@@ -86,8 +87,9 @@ def plan(
     if not adapters:
         raise UsageError("merge: no adapter given")
     base = read_base(llm, names)
-    tied = find_tied(base.config, base.tensors)
     read = tuple((read_adapter(folder, base_is_residual=base_is_residual), weight) for folder, weight in adapters)
+    base = classifier.as_trained(base, read)
+    tied = find_tied(base.config, base.tensors)
     joined = _joined(base, tied, read, names, match_peft=match_peft)
     tensors, untied = _output_tensors(base, joined, tied, output_dtype(dtype), read)
     if match_peft:
@@ -97,8 +99,9 @@ def plan(
         tensors = _onto_four_bit(tensors, base, seen, read)
     peft_layers.check(tensors)
     notes = [
-        *_base_notes(base, read, seen, quantize, asked=four_bit != "auto"),
+        *base_notes(base, read, seen, quantize, asked=four_bit != "auto"),
         *_peft_notes(read, match_peft=match_peft),
+        *classifier.notes(base, read),
     ]
     if untied:
         notes.append(
@@ -148,6 +151,7 @@ def planned_tensors(
     match_peft: bool = False,
 ) -> list[OutputTensor]:
     """Plan the tensors only, in the order of the base's files; for `verify`."""
+    base = classifier.as_trained(base, adapters)
     tied = find_tied(base.config, base.tensors)
     joined = _joined(base, tied, adapters, names, match_peft=match_peft)
     tensors = _output_tensors(base, joined, tied, dtype, adapters)[0]
@@ -242,20 +246,12 @@ def _onto_four_bit(
         )
     skipped = {name for adapter, _ in adapters for name in _quantization(adapter).get("skip") or ()}
     transposed = base.config.get("model_type") in CONV1D_MODELS
+    by_class = quantized.held_in_training(base, skipped)
     changed: list[OutputTensor] = []
     for tensor in tensors:
-        path = tensor.name.removesuffix(".weight")
-        held_in_4_bit = (
-            tensor.name in base.tensors
-            and len(tensor.shape) == 2
-            and tensor.name.endswith(".weight")
-            and not is_embedding(tensor.name)
-            and not tensor.name.endswith(("lm_head.weight", "output.weight"))
-            and ".experts." not in tensor.name
-            and path not in skipped
-            and base.tensors[tensor.name].dtype in FLOATS
-        )
-        if not held_in_4_bit:
+        held = _is_linear(tensor, skipped) if by_class is None else tensor.name in by_class
+        is_float = tensor.name in base.tensors and base.tensors[tensor.name].dtype in FLOATS
+        if not held or not is_float or classifier.is_brought(tensor.name, base):
             changed.append(tensor)
             continue
         if isinstance(tensor.operation, PeftLayer):
@@ -272,6 +268,18 @@ def _onto_four_bit(
             operation = Cast(operation.source)
         changed.append(replace(tensor, operation=operation))
     return changed
+
+
+def _is_linear(tensor: OutputTensor, skipped: Collection[str]) -> bool:
+    """Tell by its name whether a tensor is a linear layer that was held in 4 bit."""
+    return (
+        len(tensor.shape) == 2
+        and tensor.name.endswith(".weight")
+        and not is_embedding(tensor.name)
+        and not tensor.name.endswith(("lm_head.weight", "output.weight"))
+        and ".experts." not in tensor.name
+        and tensor.name.removesuffix(".weight") not in skipped
+    )
 
 
 def _dtype_of(tensors: Sequence[OutputTensor], names: Mapping[str, bool]) -> str:
@@ -341,7 +349,7 @@ def _output_tensors(
 ) -> tuple[list[OutputTensor], bool]:
     """Plan each tensor of the base exactly once; a tied head becomes a tensor where it differs from the embedding."""
     tensors = [
-        _output_tensor(name, source, joined, dtype)
+        _output_tensor(name, source, joined, dtype or classifier.head_dtype(name, base))
         for name, source in base.tensors.items()
         if tied is None or name != tied.head
     ]
@@ -476,7 +484,7 @@ def _vocab_size(base: Checkpoint, joined: Joined) -> int | None:
     return sizes.pop() if sizes else None
 
 
-def _base_notes(
+def base_notes(
     base: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],
     four_bit: FourBit | None,

@@ -141,10 +141,20 @@ def verify(
     Raises:
         FileError, CheckpointError, PlanError: one of the folders cannot be read, or they do not fit together.
     """
-    merged = existing_folder(merged, "the merged model")
-    written = _read(merged)
+    existing_folder(merged, "the merged model")
     read = [(read_adapter(folder, base_is_residual=base_is_residual), weight) for folder, weight in adapters]
     planned = planned_tensors(read_base(base, names), read, None, names, four_bit, match_peft=match_peft)
+    return compare(merged, planned)
+
+
+def compare(merged: Path, planned: Sequence[OutputTensor]) -> VerifyReport:
+    """Compute planned tensors again, and compare them with those of a folder.
+
+    Raises:
+        FileError, CheckpointError: the folder cannot be read.
+    """
+    merged = existing_folder(merged, "the merged model")
+    written = _read(merged)
     checks: list[TensorCheck] = []
     total = sum(tensor.nbytes for tensor in planned)
     done = 0

@@ -5,18 +5,21 @@ Rust core cuts (`rust/tokens`) and remembers the pieces; the tokens of a new pie
 do the classes of characters. What the core does not know (another pattern, another normalizer, added tokens that take
 white space along) goes the library's road, and of every batch some rows go both roads and are compared.
 
+Tokenizers of SentencePiece's kind have the same road with another cut (`sentence_pieces`).
+
 `template` and `prepare` ask `of` for it; None means the library's road for all.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from fastft import _native
+from fastft.data import sentence_pieces
 from fastft.data.samples import Ids, Mask
 from fastft.errors import DataError
 
@@ -40,11 +43,15 @@ class ByteLevel:
     Args:
         backend: of the tokenizers library.
         core: the Rust side.
+        spelled: writes a piece as the tokenizer's model takes it.
         has_nfc: whether texts are normalized first; those that would change go the library's road.
     """
 
-    def __init__(self, backend: Any, core: "_native.ByteLevel", *, has_nfc: bool) -> None:
+    def __init__(
+        self, backend: Any, core: "_native.ByteLevel", spelled: Callable[[bytes], str], *, has_nfc: bool
+    ) -> None:
         self._backend = backend
+        self._spelled = spelled
         self._model = backend.model
         self._core = core
         self._has_nfc = has_nfc
@@ -61,7 +68,7 @@ class ByteLevel:
             for block in scan.blocks:
                 self._core.learn_block(block, classes_of(block))
             scan = self._core.scan(texts, spans, num_threads())
-        answers = [[token.id for token in self._model.tokenize(_as_signs(piece))] for piece in scan.asked]
+        answers = [[token.id for token in self._model.tokenize(self._spelled(piece))] for piece in scan.asked]
         raw_ids, raw_learned, raw_lengths = self._core.finish(scan, answers)
         ids = np.frombuffer(raw_ids, dtype=np.int32)
         learned = np.frombuffer(raw_learned, dtype=np.bool_)
@@ -97,6 +104,9 @@ def of(tokenizer: Any) -> ByteLevel | None:
     if os.environ.get("FASTFT_BYTE_LEVEL", "").strip().lower() == "off":
         return None
     backend = tokenizer.backend_tokenizer
+    words = sentence_pieces.core_of(backend)
+    if words is not None:
+        return ByteLevel(backend, words, sentence_pieces.spelled, has_nfc=False)
     pattern = _pattern(_described(backend.pre_tokenizer))
     normalizer = _described(backend.normalizer)
     trims = _trims(_described(backend.post_processor))
@@ -114,7 +124,8 @@ def of(tokenizer: Any) -> ByteLevel | None:
     shapes = _shapes(backend.get_vocab(with_added_tokens=False), first + then, trims=trims)
     if shapes is None:
         return None
-    return ByteLevel(backend, _native.ByteLevel(pattern, first, then, shapes), has_nfc=normalizer is not None)
+    core = _native.ByteLevel(pattern, first, then, shapes)
+    return ByteLevel(backend, core, _as_signs, has_nfc=normalizer is not None)
 
 
 def _described(component: Any) -> Any:

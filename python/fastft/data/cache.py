@@ -230,6 +230,7 @@ def _code() -> str:
         "preferences",
         "prepare",
         "samples",
+        "sentence_pieces",
         "sources",
         "store",
         "template",

@@ -85,6 +85,10 @@ def _counts(part: PartReport, report: DataReport, data: Data) -> Iterator[str]:
             else ""
         )
         yield from wrapped(f"  {what}: {count:,}{first}")
+    if part.images_lost:
+        yield from wrapped(
+            f"  images not whole within max_length, left out: {part.images_lost:,} (first: {part.first('images_lost')})"
+        )
     if part.truncated:
         mean = part.truncated_tokens / part.truncated
         yield from wrapped(f"  tokens lost by cutting: {part.truncated_tokens:,}, {mean:,.0f} from each")

@@ -4,7 +4,7 @@ Made by `formats` from the rows of `sources`; consumed by `template`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -22,6 +22,31 @@ class Where:
         return f"{self.file}:{self.number}" if self.unit == "line" else f"{self.file}, row {self.number}"
 
 
+# Stands in a turn's text for an image; a character for private use, which no template touches or strips.
+IMAGE_MARK = "\ue0f3"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image that a row names; its pixels are read when they are needed, by `images`."""
+
+    path: str | None  # the file, or None
+    content: bytes | None = field(repr=False)  # the image file's bytes, where the row holds them
+    name: str  # as the row calls it
+    stored: tuple[int, int] | None = None  # where these bytes went: offset and length in a `spool`
+    digest: str = ""  # of the bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedImage:
+    """An image and its tokens."""
+
+    ref: ImageRef
+    start: int  # its first token
+    length: int  # tokens, the model's marks around the image included
+    size: tuple[int, int]  # width and height of the picture, in pixels
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a dialogue."""
@@ -31,6 +56,7 @@ class Message:
     learn: bool = False  # whether the loss counts this turn; only the assistant's turns can be learned
     tool_calls: tuple[Mapping[str, Any], ...] = ()  # OpenAI style: {"type": "function", "function": {name, arguments}}
     tool_call_id: str | None = None  # which call a tool's answer belongs to
+    images: tuple[ImageRef, ...] = ()  # one for each IMAGE_MARK in the content, in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +66,11 @@ class Dialogue:
     messages: tuple[Message, ...]
     where: Where
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the tools the assistant may call
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """The images of all turns, in order."""
+        return tuple(image for message in self.messages for image in message.images)
 
 
 @dataclass(frozen=True, slots=True)

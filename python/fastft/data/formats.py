@@ -11,11 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastft.config.schema import Columns, Format, Task
-from fastft.data.dialogue import Dialogue, Judged, Message, Pair, Role, Text, Where
+from fastft.data import images
+from fastft.data.dialogue import IMAGE_MARK, Dialogue, ImageRef, Judged, Message, Pair, Role, Text, Where
+from fastft.data.image_rows import RowImages
 from fastft.errors import ConfigError, DataError
 
 Item = Dialogue | Text | Pair | Judged
 Reader = Callable[[Any, Where], Item]
+# As a format is read: what comes third takes the row's images, or is None where only text can be learned.
+RowReader = Callable[[Any, Where, RowImages | None], Item]
 
 # Tasks that learn from two answers to one prompt.
 PAIR_TASKS = frozenset({"dpo", "orpo", "reward"})
@@ -45,7 +49,8 @@ QUESTION_COLUMNS = ("instruction", "query", "prompt")
 ANSWER_COLUMNS = ("output", "response", "completion")
 PREFERENCE_COLUMNS = frozenset({"chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response"})
 LABEL_COLUMNS = ("label", "kto_tag")
-MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
+IMAGE_COLUMNS = ("image", "images")
+OTHER_MEDIA_COLUMNS = ("audio", "audios", "video", "videos")
 HUMAN_MARK, ASSISTANT_MARK = "### Human:", "### Assistant:"
 # The alpaca data set's own word for "there is no answer".
 NO_OUTPUT = "<nooutput>"
@@ -145,7 +150,9 @@ def one_of(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 
-def reader(chosen: Format, columns: Columns | None, system: str | None, task: Task) -> Reader:
+def reader(
+    chosen: Format, columns: Columns | None, system: str | None, task: Task, folder: images.Folder | None = None
+) -> Reader:
     """The function that reads rows of a format.
 
     Args:
@@ -153,28 +160,32 @@ def reader(chosen: Format, columns: Columns | None, system: str | None, task: Ta
         columns: the templates, for format columns.
         system: system message for dialogues that have none.
         task: `pretrain` reads a dialogue whose only words are the assistant's as a text (XTuner's pre-training files).
+        folder: where paths of images start; None where only text can be learned.
     """
     from fastft.data import preferences  # it reads the turns of its rows with what stands here
 
     if chosen == "columns":
         if columns is None:
             raise ConfigError("data: format columns needs `columns` with user and assistant")
-        read: Reader = _ColumnsReader(columns, task)
+        read: RowReader = _ColumnsReader(columns, task)
     else:
-        by_name: dict[str, Reader] = {
+        by_name: dict[str, RowReader] = {
             "alpaca": read_alpaca,
             "sharegpt": read_sharegpt,
             "messages": read_messages,
             "conversation": read_conversation,
-            "guanaco": read_guanaco,
-            "text": read_text,
-            "preference": preferences.read_preference,
-            "judged": preferences.read_judged,
+            "guanaco": lambda value, where, _: read_guanaco(value, where),
+            "text": lambda value, where, _: read_text(value, where),
+            "preference": lambda value, where, _: preferences.read_preference(value, where),
+            "judged": lambda value, where, _: preferences.read_judged(value, where),
         }
         read = by_name[chosen]
 
     def read_checked(value: Any, where: Where) -> Item:
-        item = read(value, where)
+        pictures = None if folder is None else RowImages(folder, where)
+        item = read(value, where, pictures)
+        if pictures is not None and isinstance(item, Dialogue):
+            item = pictures.placed(item)
         if task in PAIR_TASKS or task == "kto":
             return preferences.checked(item, system, task)
         if isinstance(item, Pair | Judged):
@@ -216,14 +227,14 @@ def checked(dialogue: Dialogue, system: str | None) -> Dialogue:
     return Dialogue(messages, dialogue.where, dialogue.tools)
 
 
-def read_alpaca(value: Any, where: Where) -> Dialogue:
+def read_alpaca(value: Any, where: Where, pictures: RowImages | None = None) -> Dialogue:
     """A row of instruction, input (optional), output; also history (pairs of earlier turns) and system.
 
     The columns may be called as in `QUESTION_COLUMNS` and `ANSWER_COLUMNS`. A non-empty input follows the
     instruction on a new line.
     """
     row = mapping(value)
-    _no_media(row)
+    _media(row, pictures)
     question, answer = one_of(list(row), QUESTION_COLUMNS), one_of(list(row), ANSWER_COLUMNS)
     if question is None or answer is None:
         raise BadRowError(f"no column {' or '.join(QUESTION_COLUMNS if question is None else ANSWER_COLUMNS)}")
@@ -241,13 +252,13 @@ def read_alpaca(value: Any, where: Where) -> Dialogue:
     return Dialogue(tuple(messages), where)
 
 
-def read_sharegpt(value: Any, where: Where) -> Dialogue:
+def read_sharegpt(value: Any, where: Where, pictures: RowImages | None = None) -> Dialogue:
     """A row of `conversations` (or `conversation`): turns {from, value}, or pairs {human, assistant} as in ms-swift.
 
     A `function_call` becomes the assistant's tool call; `tools` holds the schemas, as JSON or as text of JSON.
     """
     row = mapping(value)
-    _no_media(row)
+    _media(row, pictures)
     messages = _system(row)
     for index, turn in enumerate(_turns(row, "conversations", "conversation")):
         place = f"turn {index + 1}"
@@ -263,29 +274,31 @@ def read_sharegpt(value: Any, where: Where) -> Dialogue:
     return Dialogue(tuple(messages), where, read_tools(row))
 
 
-def read_messages(value: Any, where: Where) -> Dialogue:
+def read_messages(value: Any, where: Where, pictures: RowImages | None = None) -> Dialogue:
     """A row of OpenAI `messages` (role, content), or a bare list of them.
 
     Content is text or a list of text parts {type: text, text or value}. `loss_weight: 0`, `weight: 0`, `loss: false`
     and `train: false` on a turn of the assistant keep it out of the loss. `tools` and `tool_calls` are kept.
     """
     row = {"messages": value} if isinstance(value, list) else mapping(value)
-    _no_media(row)
+    _media(row, pictures)
     messages = _system(row)
     for index, turn in enumerate(_turns(row, "messages", "conversations", "conversation")):
         place = f"turn {index + 1}"
         role, calls = _role(turn, "role", place), _tool_calls(turn, place)
-        content = "" if turn.get("content") is None and calls else _content(turn, place)
+        shown: list[ImageRef] = []
+        content = "" if turn.get("content") is None and calls else _content(turn, place, pictures, shown)
         learn = role == "assistant" and _learn(turn, place)
         call_id = turn.get("tool_call_id")
-        messages.append(Message(role, content, learn, calls, None if call_id is None else str(call_id)))
+        identity = None if call_id is None else str(call_id)
+        messages.append(Message(role, content, learn, calls, identity, tuple(shown)))
     return Dialogue(tuple(messages), where, read_tools(row))
 
 
-def read_conversation(value: Any, where: Where) -> Dialogue:
+def read_conversation(value: Any, where: Where, pictures: RowImages | None = None) -> Dialogue:
     """A row of XTuner's `conversation`: turns {system, input, output}, with `output_with_loss`."""
     row = mapping(value)
-    _no_media(row)
+    _media(row, pictures)
     messages: list[Message] = []
     for index, turn in enumerate(_turns(row, "conversation", "conversations")):
         place = f"turn {index + 1}"
@@ -360,10 +373,23 @@ def _system(row: Mapping[str, Any]) -> list[Message]:
     return [Message("system", text)] if text.strip() else []
 
 
-def _no_media(row: Mapping[str, Any]) -> None:
-    for column in MEDIA_COLUMNS:
+def _media(row: Mapping[str, Any], pictures: RowImages | None) -> None:
+    """Take the images of the row's own column; what else is no text is refused.
+
+    Raises:
+        BadRowError: sound or film, or an image where only text can be learned.
+    """
+    for column in (*OTHER_MEDIA_COLUMNS, *(IMAGE_COLUMNS if pictures is None else ())):
         if row.get(column):
-            raise BadRowError(f"the row has {column}; only text can be learned")
+            raise BadRowError(f"the row has {column}; only text can be learned{_hint(column)}")
+    if pictures is not None:
+        pictures.of_column(row)
+
+
+def _hint(column: str) -> str:
+    return (
+        " (a vision-language model also learns from images, with `vision` in the config)" if "image" in column else ""
+    )
 
 
 def _turns(row: Mapping[str, Any], *columns: str) -> list[Mapping[str, Any]]:
@@ -386,19 +412,26 @@ def _role(turn: Mapping[str, Any], column: str, place: str) -> Role:
     return ROLES[name]
 
 
-def _content(turn: Mapping[str, Any], place: str) -> str:
+def _content(turn: Mapping[str, Any], place: str, pictures: RowImages | None, shown: list[ImageRef]) -> str:
+    """The text of a turn, with IMAGE_MARK for each image part; the images go into `shown`."""
     content = turn.get("content")
     if isinstance(content, list):
-        return "".join(_part(part, place) for part in content)
+        return "".join(_part(part, place, pictures, shown) for part in content)
     return _string(turn, "content", place=place)
 
 
-def _part(part: Any, place: str) -> str:
+def _part(part: Any, place: str, pictures: RowImages | None, shown: list[ImageRef]) -> str:
     if isinstance(part, str):
         return part
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        named = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise BadRowError(f"{place}: content has a part of type {named}; only text can be learned")
+    named = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if isinstance(part, Mapping) and pictures is not None and named in ("image", "image_url"):
+        value = next((part[key] for key in ("image_url", "image", "url", "path", "value") if part.get(key)), None)
+        if value is None and part.get("bytes") is None:
+            return "<image>"  # the image itself stands in the row's column
+        shown.append(pictures.part(part if value is None else value))
+        return IMAGE_MARK
+    if not isinstance(part, Mapping) or named != "text":
+        raise BadRowError(f"{place}: content has a part of type {named}; only text can be learned{_hint(str(named))}")
     text = part.get("text", part.get("value"))
     if not isinstance(text, str):
         raise BadRowError(f"{place}: a text part without text")
@@ -496,9 +529,9 @@ class _ColumnsReader:
         )
         self._templates = {role: _parsed(text, f"data, columns.{role}") for role, text in texts if text is not None}
 
-    def __call__(self, value: Any, where: Where) -> Dialogue | Pair | Judged:
+    def __call__(self, value: Any, where: Where, pictures: RowImages | None = None) -> Dialogue | Pair | Judged:
         row = mapping(value)
-        _no_media(row)
+        _media(row, pictures)
         filled = {
             role: "".join(before + ("" if column is None else _filled(row, column)) for before, column in parts)
             for role, parts in self._templates.items()

@@ -17,9 +17,10 @@ import numpy as np
 
 from fastft import console
 from fastft.config.schema import Data, Format, Source, Task
-from fastft.data import byte_level, cache, formats, sources
+from fastft.data import byte_level, cache, formats, image_rows, sources
 from fastft.data.dialogue import Dialogue, Judged, Pair, Text, Where
 from fastft.data.formats import BadRowError, Item
+from fastft.data.images import BadImageError
 from fastft.data.mixing import repeated
 from fastft.data.packing import pack, pieces
 from fastft.data.report import DataReport, FileReport, PartReport, SourceReport
@@ -37,7 +38,8 @@ from fastft.data.samples import (
     Samples,
 )
 from fastft.data.store import Store, digest
-from fastft.data.template import ChatTemplate, Encoded, Span
+from fastft.data.template import ChatTemplate, Encoded, ShownImage, Span
+from fastft.data.vision import Seer
 from fastft.errors import DataError
 
 # Rows by which `auto` recognises a format, and which are tried before anything else is read.
@@ -77,6 +79,7 @@ def prepare(
     chat_template: str | None = None,
     batch_size: int = 1,
     keep_going: bool = False,
+    seer: Seer | None = None,
 ) -> Prepared:
     """Read, tokenise, cut and pack a data set.
 
@@ -89,12 +92,14 @@ def prepare(
         chat_template: text of a template for a tokenizer without one.
         batch_size: rows of a step, only to tell how much padding there would be without packing.
         keep_going: leave out unreadable rows even with on_bad_row: error, and let a part be empty (`check-dataset`).
+        seer: what a vision-language model makes of images; None: rows with images are refused.
 
     Raises:
         DataError: unreadable rows (with on_bad_row: error), an unclear format, no template, or nothing left to learn.
         FileError, HubError: a source is not there.
     """
-    encoder = Encoder(task, tokenizer, chat_template, data, skip=keep_going or data.on_bad_row == "skip")
+    encoder = Encoder(task, tokenizer, chat_template, data, skip=keep_going or data.on_bad_row == "skip", seer=seer)
+    encoder.skip_images = encoder.skip_images or keep_going
     located = {source: _locate(source) for source in (*data.train, *data.eval)}
     for source, place in located.items():
         _try(source, place, encoder)
@@ -119,7 +124,7 @@ def prepare(
         order = np.random.default_rng(seed).permutation(len(units))
         eval_units, units = np.sort(order[:num_held_back]), np.sort(order[num_held_back:])
     mixed = _weighted(units, documents, data.train, part, per_unit=per_unit, seed=seed)
-    packing = data.packing and task in ("pretrain", "sft")
+    packing = data.packing and task in ("pretrain", "sft") and (seer is None or seer.packs)
     train = _rows(documents, mixed, data, per_unit=per_unit, seed=seed, packing=packing)
     evaluation = None
     if held_back is not None:
@@ -189,18 +194,23 @@ def _try(source: Source, place: Located, encoder: "Encoder") -> None:
         if left is not None:
             left -= len(head)
         report = SourceReport(source.source)
-        read = formats.reader(_format(source, head, encoder.task, name), source.columns, source.system, encoder.task)
-        batch = list(_read(head, read, report, skip=encoder.skip))
+        read = _reader(_format(source, head, encoder.task, name), source, name, encoder)
+        batch = list(_read(head, read, report, encoder))
         encoder.add(batch, Store(), report)
         if left is not None and left <= 0:
             return
 
 
-def items(source: Source, place: Located, task: Task, report: SourceReport, *, skip: bool) -> Iterator[Item]:
+def _reader(chosen: Format, source: Source, file: str, encoder: "Encoder") -> formats.Reader:
+    folder = None if encoder.seer is None else image_rows.folder_of(source.images, file)
+    return formats.reader(chosen, source.columns, source.system, encoder.task, folder)
+
+
+def items(source: Source, place: Located, encoder: "Encoder", report: SourceReport) -> Iterator[Item]:
     """The dialogues and texts of a source, in order.
 
     Raises:
-        DataError: an unreadable row, unless `skip`, or a format that is not clear.
+        DataError: an unreadable row, unless such rows are left out, or a format that is not clear.
     """
     left = source.max_rows
     for name, rows, size in place.rows():
@@ -210,8 +220,8 @@ def items(source: Source, place: Located, task: Task, report: SourceReport, *, s
             if not head:
                 report.empty.append(name)
                 continue
-            chosen = _format(source, head, task, name)
-            read = formats.reader(chosen, source.columns, source.system, task)
+            chosen = _format(source, head, encoder.task, name)
+            read = _reader(chosen, source, name, encoder)
             file = FileReport(name, chosen, chosen=source.format == "auto")
             report.files.append(file)
 
@@ -221,7 +231,7 @@ def items(source: Source, place: Located, task: Task, report: SourceReport, *, s
                     yield row
                     advance(row.share * size)  # noqa: B023  used up within this turn of the loop
 
-            yield from _read(counted(chain(head, stream)), read, report, skip=skip)
+            yield from _read(counted(chain(head, stream)), read, report, encoder)
         if left is not None:
             left -= file.rows
             if left <= 0:
@@ -235,27 +245,39 @@ def _format(source: Source, head: Sequence[sources.Row], task: Task, name: str) 
 
 
 def _read(
-    rows: Iterator[sources.Row] | Sequence[sources.Row], read: formats.Reader, report: SourceReport, *, skip: bool
+    rows: Iterator[sources.Row] | Sequence[sources.Row], read: formats.Reader, report: SourceReport, encoder: "Encoder"
 ) -> Iterator[Item]:
     for row in rows:
         try:
             item = read(row.value, row.where)
-        except BadRowError as error:
-            _refuse(str(error), row.where, report, skip=skip)
+        except (BadRowError, BadImageError) as error:
+            encoder.refuse(error, row.where, report)
             continue
         yield item
 
 
-def _refuse(reason: str, where: Where, report: SourceReport, *, skip: bool) -> None:
+def _refuse(reason: str, where: Where, report: SourceReport, *, skip: bool, image: bool = False) -> None:
     if not skip:
-        raise DataError(f"data {where}: {reason}; mend the row, or set on_bad_row: skip to leave such rows out")
+        switch = "vision.on_bad_image: skip" if image else "on_bad_row: skip"
+        raise DataError(f"data {where}: {reason}; mend the row, or set {switch} to leave such rows out")
     report.skip(reason, where)
 
 
 class Encoder:
     """Items to tokens, by the task."""
 
-    def __init__(self, task: Task, tokenizer: Any, chat_template: str | None, data: Data, *, skip: bool) -> None:
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Any,
+        chat_template: str | None,
+        data: Data,
+        *,
+        skip: bool,
+        seer: Seer | None = None,
+    ) -> None:
+        self.seer = seer
+        self.skip_images = seer is not None and seer.skips_bad_images
         self.task = task
         self.tokenizer = tokenizer
         self.max_length = data.max_length
@@ -285,6 +307,11 @@ class Encoder:
             }
         return self._identity
 
+    def refuse(self, error: BadRowError | BadImageError, where: Where, report: SourceReport) -> None:
+        """Count a row that cannot be used, or raise what says so."""
+        image = isinstance(error, BadImageError)
+        _refuse(str(error), where, report, skip=self.skip_images if image else self.skip, image=image)
+
     def stop_token_ids(self) -> list[int]:
         """Tokens that end an answer or a text."""
         if self.template is not None:
@@ -306,23 +333,33 @@ class Encoder:
                 kinds.append(kind)
                 last.append(self.task not in formats.PAIR_TASKS or index == len(found) - 1)
         waiting: list[tuple[Encoded, int]] = []
-        refused: str | None = None
+        refused: BadRowError | BadImageError | None = None
         for encoded, dialogue, kind, complete in zip(self._encode(dialogues), dialogues, kinds, last, strict=True):
-            if isinstance(encoded, BadRowError):
-                refused = refused or str(encoded)
+            if isinstance(encoded, BadRowError | BadImageError):
+                refused = refused or encoded
             else:
                 waiting.append((encoded, kind))
             if not complete:
                 continue
             if refused is not None:
-                _refuse(refused, dialogue.where, report, skip=self.skip)
+                self.refuse(refused, dialogue.where, report)
             elif self.task == "pretrain":
-                whole = waiting[0][0]
-                self._split(Encoded(whole.ids, np.ones_like(whole.learned)), dialogue.where, collected, report)
+                self._learn_whole(waiting[0][0], dialogue.where, collected, report)
             else:
                 _count_unanswered(dialogue, report)
                 self._cut(waiting, dialogue.where, collected, report)
             waiting, refused = [], None
+
+    def _learn_whole(self, encoded: Encoded, where: Where, collected: Store, report: SourceReport) -> None:
+        """A dialogue in task pretrain: everything is learned but images, which also keep it in one piece."""
+        learned = np.ones_like(encoded.learned)
+        for image in encoded.images:
+            learned[image.start : image.start + image.length] = False
+        whole = Encoded(encoded.ids, learned, encoded.images)
+        if encoded.images:
+            self._cut([(whole, PLAIN)], where, collected, report)
+        else:
+            self._split(whole, where, collected, report)
 
     def _fast_road(self, num_texts: int) -> byte_level.ByteLevel | None:
         """The tokenizer's fast road; it takes 0.2 s to be made, so a small data set does without."""
@@ -360,29 +397,42 @@ class Encoder:
             ids[index] = backend.encode(texts[index], add_special_tokens=True).ids
         return ids
 
-    def _encode(self, dialogues: Sequence[Dialogue]) -> Iterator[Encoded | BadRowError]:
+    def _encode(self, dialogues: Sequence[Dialogue]) -> Iterator[Encoded | BadRowError | BadImageError]:
         """Tokens of each dialogue, or why there are none."""
         if not dialogues:
             return
         if self.template is None:
-            self.template = ChatTemplate(self.tokenizer, self._fallback)
-        rendered: list[tuple[str, list[Span]] | BadRowError] = []
+            self.template = ChatTemplate(self.tokenizer, self._fallback, of_processor=self.seer is not None)
+        rendered: list[tuple[str, list[Span]] | BadRowError | BadImageError] = []
+        # Where each image stands in the text of those that could be rendered.
+        shown: list[list[ShownImage]] = []
         texts = self.template.render_all(dialogues)
+        if self.seer is not None:
+            self.seer.look_at(image for dialogue in dialogues for image in dialogue.images)
         for dialogue, text in zip(dialogues, texts, strict=True):
             try:
-                rendered.append(self.template.learned_spans(dialogue.messages, dialogue.tools, text))
-            except BadRowError as error:
+                written, spans = self.template.learned_spans(dialogue.messages, dialogue.tools, text)
+                if self.seer is not None:
+                    written, spans, images = self.seer.expanded(written, spans, dialogue.images)
+                    shown.append(images)
+                rendered.append((written, spans))
+            except (BadRowError, BadImageError) as error:
                 rendered.append(error)
-        good = [found for found in rendered if not isinstance(found, BadRowError)]
-        fast = self._fast_road(len(good))
-        encoded = iter(self.template.encode_batch([text for text, _ in good], [spans for _, spans in good], fast))
-        for found in rendered:
-            yield found if isinstance(found, BadRowError) else next(encoded)
+        good = [found for found in rendered if isinstance(found, tuple)]
+        if self.seer is not None:
+            encoded = iter(self.template.encode_shown(good, shown))
+        else:
+            fast = self._fast_road(len(good))
+            encoded = iter(self.template.encode_batch([text for text, _ in good], [spans for _, spans in good], fast))
+        for each in rendered:
+            yield next(encoded) if isinstance(each, tuple) else each
 
     def _cut(self, parts: Sequence[tuple[Encoded, int]], where: Where, collected: Store, report: SourceReport) -> None:
         """Keep the first max_length tokens of a dialogue, or of both of a pair."""
         length = max(len(encoded.ids) for encoded, _ in parts)
         report.lengths[length] += 1
+        report.count_images([image for encoded, _ in parts for image in encoded.images])
+        parts = [(self._before_image(encoded, where, report), kind) for encoded, kind in parts]
         if length > self.max_length:
             report.truncated += 1
             report.truncated_tokens += sum(max(len(encoded.ids) - self.max_length, 0) for encoded, _ in parts)
@@ -394,7 +444,17 @@ class Encoder:
             return
         for encoded, kind in parts:
             ids, learned = encoded.ids[: self.max_length], encoded.learned[: self.max_length]
-            collected.add(ids, learned, where, digest(encoded.ids), kind)
+            collected.add(ids, learned, where, _digest(encoded), kind=kind, images=encoded.images)
+
+    def _before_image(self, encoded: Encoded, where: Where, report: SourceReport) -> Encoded:
+        """The dialogue, ended before an image that max_length would cut through, or that lies behind it."""
+        whole = tuple(image for image in encoded.images if image.start + image.length <= self.max_length)
+        if len(whole) == len(encoded.images):
+            return encoded
+        report.images_lost += len(encoded.images) - len(whole)
+        report.first.setdefault("images_lost", where)
+        end = min(encoded.images[len(whole)].start, self.max_length)
+        return Encoded(encoded.ids[:end], encoded.learned[:end], whole)
 
     def _split(self, encoded: Encoded, where: Where, collected: Store, report: SourceReport) -> None:
         """Cut a text into pieces of max_length tokens; each is a document of its own."""
@@ -408,6 +468,16 @@ class Encoder:
             else:
                 report.not_learned += 1
                 report.first.setdefault("not_learned", where)
+
+
+def _digest(encoded: Encoded) -> int:
+    """Equal for dialogues that say and show the same."""
+    if not encoded.images:
+        return digest(encoded.ids)
+    joined = hashlib.blake2b(encoded.ids.tobytes(), digest_size=8)
+    for image in encoded.images:
+        joined.update((image.ref.digest or str(image.ref.path)).encode())
+    return int.from_bytes(joined.digest(), "little")
 
 
 def _dialogues(item: Item, task: Task) -> list[tuple[Dialogue, int]]:
@@ -453,13 +523,15 @@ def _documents(source: Source, place: Located, encoder: Encoder) -> tuple[Docume
         report = SourceReport(source.source)
         if encoder.template is not None:
             encoder.template.notes.clear()
-        stream = items(source, place, encoder.task, report, skip=encoder.skip)
+        stream = items(source, place, encoder, report)
         for batch in _batches(stream):
             encoder.add(batch, collected, report)
         report.notes = [] if encoder.template is None else list(encoder.template.notes)
         return report
 
-    entry = cache.entry(encoder.cache, source, place.files, encoder.identity)
+    # Images may change or go without a word in the rows, so what they are is looked at in every run.
+    setting = None if encoder.seer is not None else encoder.cache
+    entry = cache.entry(setting, source, place.files, encoder.identity)
     if entry is None:
         with Store() as collected:
             report = make(collected)

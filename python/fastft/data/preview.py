@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastft import console
 from fastft.config.schema import Task
+from fastft.data.dialogue import PlacedImage
 from fastft.data.formats import PAIR_TASKS
 from fastft.data.samples import GOOD, NOT_LEARNED, Sample, Samples
 
@@ -74,9 +75,16 @@ def header(samples: Samples, index: int) -> str:
     """Number, origin, tokens and learned tokens of a sample, in one line."""
     places = samples.places(index)
     more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-    labels = samples[index]["labels"]
+    sample = samples[index]
+    labels, images = sample["labels"], sample.get("images", [])
     learned = sum(label != NOT_LEARNED for label in labels)
-    return f"sample {index}, from {places[0]}{more}: {len(labels)} tokens, {learned} learned"
+    shown = f", {sum(i.length for i in images)} of {count_images(len(images))}" if images else ""
+    return f"sample {index}, from {places[0]}{more}: {len(labels)} tokens, {learned} learned{shown}"
+
+
+def count_images(count: int) -> str:
+    """`1 image`, `3 images`."""
+    return f"{count:,} image{'' if count == 1 else 's'}"
 
 
 def plain(sample: Sample, tokenizer: Any, what: Literal["text", "input_ids", "labels"]) -> str:
@@ -107,6 +115,7 @@ def opening(sample: Sample, tokenizer: Any, *, colour: bool = True) -> "Text":
         "input_ids": sample["input_ids"][:end],
         "labels": sample["labels"][:end],
         "position_ids": positions[:end],
+        "images": [image for image in sample.get("images", ()) if image.start < end],
     }
     shown = masked_text(first, tokenizer, colour=colour)
     if len(shown) <= OPENING_CHARACTERS:
@@ -117,21 +126,31 @@ def opening(sample: Sample, tokenizer: Any, *, colour: bool = True) -> "Text":
 def pieces(sample: Sample, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """Stretches of a sample's text, and whether they are learned; joined they are the text.
 
-    Control characters are shown as escapes: a data set may hold codes for the terminal.
+    The tokens of an image are one stretch: `<image x576: cat.png 640x480>`. Control characters are shown as escapes: a data set may hold codes for the terminal.
     """
     ids, labels, positions = sample["input_ids"], sample["labels"], sample["position_ids"]
+    images = {image.start: image for image in sample.get("images", ())}
+    borders = images.keys() | {image.start + image.length for image in images.values()}
     document = start = 0
     for place in range(1, len(ids) + 1):
         ends_document = place == len(ids) or positions[place] == 0
-        if not ends_document and (labels[place] == NOT_LEARNED) == (labels[start] == NOT_LEARNED):
+        same = not ends_document and (labels[place] == NOT_LEARNED) == (labels[start] == NOT_LEARNED)
+        if same and place not in borders:
             continue
         # Decoded from the start of the document: tokenizers treat the first token of what they decode differently.
         before, text = _decode(tokenizer, ids[document:start]), _decode(tokenizer, ids[document:place])
-        yield console.printable(text[len(before) :]), labels[start] != NOT_LEARNED
+        shown = text[len(before) :] if start not in images else image_label(images[start])
+        yield console.printable(shown), labels[start] != NOT_LEARNED
         start = place
         if ends_document and place < len(ids):
             yield DOCUMENT_BORDER, False
             document = place
+
+
+def image_label(image: PlacedImage) -> str:
+    """What is shown in place of an image's tokens."""
+    width, height = image.size
+    return f"<image x{image.length}: {image.ref.name} {width}x{height}>"
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

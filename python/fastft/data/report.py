@@ -6,12 +6,12 @@ A source's part is kept with its tokens in the cache, as JSON.
 
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from fastft.config.schema import Format
-from fastft.data.dialogue import Where
+from fastft.data.dialogue import PlacedImage, Where
 
 # Width of a terminal that nobody has widened.
 LINE_WIDTH = 80
@@ -44,6 +44,10 @@ class SourceReport:
     not_learned: int = 0  # samples dropped because nothing in them is learned (within max_length)
     unanswered: int = 0  # dialogues with a user's turn that is not followed by an answer
     first: dict[str, Where] = field(default_factory=dict)  # the first one counted in a field above, by its name
+    images: int = 0  # in the rows that were read
+    image_tokens: int = 0
+    image_sizes: Counter[str] = field(default_factory=Counter)  # images by "width x height"
+    images_lost: int = 0  # that max_length would have cut through, or that lay behind it
     notes: list[str] = field(default_factory=list)  # what the chat template made necessary
     samples: int = 0  # what is left to learn from
     used: int = 0  # samples in an epoch, after weighting and holding back
@@ -62,11 +66,30 @@ class SourceReport:
         if self.first_skipped is None:
             self.first_skipped = reason
 
+    def count_images(self, images: Iterable[PlacedImage]) -> None:
+        """Count the images of a sample."""
+        for image in images:
+            self.images += 1
+            self.image_tokens += image.length
+            self.image_sizes["{} x {}".format(*image.size)] += 1
+
+    def images_line(self) -> str:
+        """How many images there are, how large, and how many tokens they take."""
+        sizes = sorted(self.image_sizes, key=_area)
+        spread = sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        mean = self.image_tokens / self.images
+        each = f"{mean:,.0f} each" if len(sizes) == 1 else f"{mean:,.0f} each on average"
+        return f"images: {self.images:,} ({spread} pixels), tokens: {self.image_tokens:,}, {each}"
+
     def as_json(self) -> dict[str, Any]:
         """All fields in types that JSON has."""
         # asdict makes a Counter of the pairs of a Counter; and JSON turns numbers that are keys into text.
-        counters = {"skipped": dict(self.skipped), "lengths": sorted(self.lengths.items())}
-        return {**asdict(replace(self, skipped=Counter(), lengths=Counter())), **counters}
+        counters = {
+            "skipped": dict(self.skipped),
+            "lengths": sorted(self.lengths.items()),
+            "image_sizes": dict(self.image_sizes),
+        }
+        return {**asdict(replace(self, skipped=Counter(), lengths=Counter(), image_sizes=Counter())), **counters}
 
     @classmethod
     def of_json(cls, plain: Mapping[str, Any]) -> Self:
@@ -78,6 +101,7 @@ class SourceReport:
         values = dict(plain)
         values["files"] = [FileReport(**file) for file in values["files"]]
         values["skipped"] = Counter(values["skipped"])
+        values["image_sizes"] = Counter(values["image_sizes"])
         values["lengths"] = Counter({int(length): int(count) for length, count in values["lengths"]})
         for name in ("examples", "first"):
             values[name] = {reason: Where(**where) for reason, where in values[name].items()}
@@ -123,6 +147,11 @@ class PartReport:
     def truncated_tokens(self) -> int:
         """Tokens lost by that."""
         return sum(source.truncated_tokens for source in self.sources)
+
+    @property
+    def images_lost(self) -> int:
+        """Images that max_length leaves out."""
+        return sum(source.images_lost for source in self.sources)
 
     @property
     def split(self) -> int:
@@ -190,6 +219,11 @@ class DataReport:
         return lines
 
 
+def _area(size: str) -> int:
+    width, height = size.split(" x ")
+    return int(width) * int(height)
+
+
 def _part_lines(title: str, part: PartReport, report: DataReport) -> list[str]:
     lines = [f"{title}: {part.documents:,} {report.unit}"]
     for source in part.sources:
@@ -204,6 +238,8 @@ def _part_lines(title: str, part: PartReport, report: DataReport) -> list[str]:
             lines += wrapped(f"    rows left out: {count:,}, {reason} (first: {source.examples[reason]})")
         if source.weight != 1.0:
             lines += wrapped(f"    weight {source.weight:g}: {source.used:,} from {source.samples:,} {report.unit}")
+        if source.images:
+            lines += wrapped(f"    {source.images_line()}")
         for note in source.notes:
             lines += wrapped(f"    {note}")
     share = part.learned_tokens / max(part.tokens, 1)
@@ -213,6 +249,11 @@ def _part_lines(title: str, part: PartReport, report: DataReport) -> list[str]:
     limit = f"max_length ({report.max_length:,} tokens)"
     if part.truncated:
         lines += wrapped(f"  samples cut off at {limit}: {part.truncated:,}, tokens lost: {part.truncated_tokens:,}")
+    if part.images_lost:
+        lines += wrapped(
+            f"  images left out with what follows them, not whole within {limit}: {part.images_lost:,} (first: "
+            f"{part.first('images_lost')})"
+        )
     if part.split:
         lines += wrapped(f"  texts split at {limit}: {part.split:,}")
     if part.not_learned:

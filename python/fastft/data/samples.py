@@ -5,14 +5,14 @@ Made by `prepare`; read by the trainer (through `collate`) and by `preview`. The
 documents a row holds is a list of numbers: mixing, packing and shuffling move no tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypedDict, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NotRequired, TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from fastft.data.dialogue import Where
+from fastft.data.dialogue import PlacedImage, Where
 
 # The label of a token that the loss does not count (torch's cross entropy ignores it by default).
 NOT_LEARNED = -100
@@ -34,6 +34,7 @@ class Sample(TypedDict):
     input_ids: list[int]
     labels: list[int]  # the token itself, or NOT_LEARNED; not shifted
     position_ids: list[int]  # starts again at 0 with each document of a packed row
+    images: NotRequired[list[PlacedImage]]  # in the order of their tokens; not there without images
 
 
 class PairSample(TypedDict):
@@ -93,6 +94,7 @@ class Documents:
         None  # [documents]: of the ids before they were cut; equal ids, equal digest
     )
     kinds: npt.NDArray[np.uint8] | None = None  # [documents]: PLAIN to BAD; None is all PLAIN
+    images: Mapping[int, tuple[PlacedImage, ...]] = field(default_factory=dict)  # by document; only those that have any
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -139,6 +141,7 @@ class Documents:
             tuple(self.places[i] for i in chosen),
             None if self.digests is None else self.digests[list(chosen)],
             None if self.kinds is None else self.kinds[list(chosen)],
+            {new: self.images[old] for new, old in enumerate(chosen) if old in self.images},
         )
 
 
@@ -187,6 +190,11 @@ class Collection:
         part, inside = self._find(index)
         return self.parts[part].document(inside)
 
+    def images(self, index: int) -> tuple[PlacedImage, ...]:
+        """The images of one document, placed among its tokens."""
+        part, inside = self._find(index)
+        return self.parts[part].images.get(inside, ())
+
     def place(self, index: int) -> Where:
         """Where a document came from."""
         part, inside = self._find(index)
@@ -223,7 +231,10 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         sample: Sample = {"input_ids": [], "labels": [], "position_ids": []}
+        images: list[PlacedImage] = []
         for number in self.numbers(index):
+            before = len(sample["input_ids"])
+            images += [replace(image, start=image.start + before) for image in self.collection.images(number)]
             ids, learned = self.collection.document(number)
             labels = np.where(learned, ids, NOT_LEARNED)
             # The first token of a document would be predicted from the last one of its neighbour.
@@ -231,6 +242,8 @@ class Samples(Sequence[Sample]):
             sample["input_ids"] += ids.tolist()
             sample["labels"] += labels.tolist()
             sample["position_ids"] += range(len(ids))
+        if images:
+            sample["images"] = images
         return sample
 
     def __iter__(self) -> Iterator[Sample]:

@@ -132,12 +132,32 @@ def hub_table(dataset: HubDataset) -> Any:
     Raises:
         HubError: the data set cannot be had.
     """
+    from fastft.hub import huggingface, quiet
+
+    quiet.prepare()
     import datasets
 
-    try:
-        return datasets.load_dataset(dataset.id, dataset.subset, split=dataset.split, revision=dataset.revision)
-    except Exception as error:  # load_dataset raises dozens of kinds; each means that there is no such data set
-        raise HubError(f"data set {hub_name(dataset)}: {error}") from error
+    with quiet.spoken_for():
+        try:
+            return undecoded(
+                datasets.load_dataset(dataset.id, dataset.subset, split=dataset.split, revision=dataset.revision)
+            )
+        except Exception as error:  # load_dataset raises dozens of kinds; each means that there is no such data set
+            raise HubError(
+                huggingface.dataset_reason(hub_name(dataset), dataset.id, dataset.revision, error)
+            ) from error
+
+
+def undecoded(table: Any) -> Any:
+    """The table with its images as bytes: `datasets` would decode each on the way, unchecked."""
+    import datasets
+
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return table
 
 
 def table_rows(table: Any, name: str) -> Iterator[Row]:

@@ -6,6 +6,7 @@
 
 import hashlib
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from fastft.data.dialogue import Where
+from fastft.data.dialogue import PlacedImage, Where
 from fastft.data.samples import PLAIN, Documents, Ids, Mask, Places
 from fastft.errors import FileError
 
@@ -53,6 +54,8 @@ class Store:
         self._file = array("i")
         self._number = array("q")
         self._files: dict[tuple[str, Literal["line", "row"]], int] = {}
+        # By the document's number; sources with images are not kept in files.
+        self._images: dict[int, tuple[PlacedImage, ...]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -66,7 +69,16 @@ class Store:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def add(self, ids: Ids, learned: Mask, where: Where, digest: int, kind: int = PLAIN) -> None:
+    def add(
+        self,
+        ids: Ids,
+        learned: Mask,
+        where: Where,
+        digest: int,
+        *,
+        kind: int = PLAIN,
+        images: tuple[PlacedImage, ...] = (),
+    ) -> None:
         """Add a document.
 
         Args:
@@ -75,7 +87,11 @@ class Store:
             where: the row it came from.
             digest: `digest(ids)` of the ids before they were cut.
             kind: what it is to a preference task.
+            images: its images; only in memory.
         """
+        if images:
+            assert self._folder is None
+            self._images[len(self)] = images
         if self._open:
             self._open["ids"].write(np.ascontiguousarray(ids, dtype=np.int32).data)
             self._open["learned"].write(np.ascontiguousarray(learned, dtype=np.bool_).data)
@@ -103,7 +119,7 @@ class Store:
             }
             self._ids.clear()
             self._learned.clear()
-            return _documents(found, self.files)
+            return replace(_documents(found, self.files), images=self._images)
         for name, stream in self._open.items():
             dtype = np.dtype(ARRAYS[name])
             header = {

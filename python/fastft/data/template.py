@@ -15,7 +15,8 @@ mark of its own. Between the marks stands what the template itself writes; the r
 real contents (or the contents stripped) between them. Where it is not, because the template rewrites a turn (Qwen3 moves
 <think> about, tool calls become text), that turn alone is replaced by a mark (or its call by one whose name is the mark)
 and what stays equal before and after bounds it. Where that fails too, the row is refused, as is one of which the template
-leaves something out. Mistral-Nemo shows a system message only while the user has the last word: such a dialogue is
+leaves something out. A dialogue with images is compared in the same way, but only the answers are replaced by marks: what
+a template makes of a turn with images (LLaVA's show all images first) is its own affair. Mistral-Nemo shows a system message only while the user has the last word: such a dialogue is
 rendered up to its last answer as `chat` does it, and the answer is put behind it.
 """
 
@@ -29,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastft.data.byte_level import ByteLevel
-from fastft.data.dialogue import Dialogue, Message
+from fastft.data.dialogue import IMAGE_MARK, Dialogue, ImageRef, Message, PlacedImage
 from fastft.data.formats import BadRowError
 from fastft.data.template_limits import TemplateLimitError, limited
 from fastft.errors import DataError
@@ -58,12 +59,17 @@ class LeftOutError(BadRowError):
     """The template does not write all that the dialogue says."""
 
 
+# Where an image stands in a rendered text, in characters; the image, its width and height in pixels.
+ShownImage = tuple[Span, ImageRef, tuple[int, int]]
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """A dialogue in tokens."""
 
     ids: Ids  # int32 [T]
     learned: Mask  # bool [T]: the loss counts this token
+    images: tuple[PlacedImage, ...] = ()  # in the order of their tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +88,14 @@ class ChatTemplate:
     Args:
         tokenizer: a fast tokenizer of transformers.
         fallback: text of the template for a tokenizer that has none; the tokenizer's own always wins.
+        of_processor: whether ids shall equal those of a processor's `apply_chat_template`, which lets the tokenizer add
+            its own bos to a text that does not start with one (LLaVA's does not).
 
     Raises:
         DataError: no template at all, a slow tokenizer, or a template that does not even take one question and answer.
     """
 
-    def __init__(self, tokenizer: Any, fallback: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, fallback: str | None = None, *, of_processor: bool = False) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"chat template: the tokenizer {type(tokenizer).__name__} gives no character offsets; a tokenizer with "
@@ -104,6 +112,7 @@ class ChatTemplate:
                 "task: pretrain"
             )
         self._tokenizer = tokenizer
+        self._of_processor = of_processor
         # What is used, and what belongs into the adapter's folder.
         self.text: str = text
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
@@ -167,9 +176,20 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids after which the model answers: the turns so far and the opening of the assistant's."""
-        text = self.render([_as_mapping(message) for message in messages], tools, generation=True)
-        backend = self._backend()
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        return self.ids(self.opened(messages, tools))
+
+    def opened(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text after which the model answers."""
+        return self.render([_as_mapping(message) for message in messages], tools, generation=True)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a rendered text."""
+        return list(self._backend().encode(text, add_special_tokens=self._adds_special_tokens(text)).ids)
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer adds its own tokens to a rendered text."""
+        bos = self._tokenizer.bos_token
+        return self._of_processor and not (bos is not None and text.startswith(str(bos)))
 
     def encode_batch(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]], fast: ByteLevel | None = None
@@ -190,6 +210,27 @@ class ChatTemplate:
             for index, other in zip(others, plain, strict=True):
                 encoded[index] = other
         return encoded
+
+    def encode_shown(
+        self, texts: Sequence[tuple[str, Sequence[Span]]], shown: Sequence[Sequence[ShownImage]]
+    ) -> list[Encoded]:
+        """Tokens of texts in which images stand as the model's own marks, as many as it has tokens for each.
+
+        Args:
+            texts: rendered texts, and the learned stretches of each.
+            shown: the images of each text, in order.
+        """
+        backend = self._backend()
+        found = []
+        for (text, spans), images in zip(texts, shown, strict=True):
+            encoding = backend.encode(text, add_special_tokens=self._adds_special_tokens(text))
+            learned = _mask(encoding, text, spans)
+            placed = []
+            for (start, end), ref, size in images:
+                first = _token_from(encoding, text, start)
+                placed.append(PlacedImage(ref, first, _token_from(encoding, text, end) - first, size))
+            found.append(Encoded(np.asarray(encoding.ids, dtype=np.int32), learned, tuple(placed)))
+        return found
 
     def _encode_plainly(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
         """By the tokenizers library alone."""
@@ -293,6 +334,9 @@ class ChatTemplate:
                 if messages[0].role != "system":
                     raise
                 return self._continued(messages)
+            if any(message.images for message in messages):
+                _require_shown(text, messages)
+                skeleton = self._around_answers(mappings, skeleton)
             spans = _walk(text, messages, skeleton)
             if spans is not None:
                 return self._ended(text, messages, spans)
@@ -448,6 +492,28 @@ class ChatTemplate:
                 tail[k + 1] = self._tail(literals[k + 1])
         return _Skeleton(tuple(seen), tuple(literals), tuple(lead), tuple(tail))
 
+    def _around_answers(self, mappings: Rendering, roles: _Skeleton) -> _Skeleton:
+        """What the template writes around the answers of one dialogue, its other turns as they are.
+
+        Args:
+            mappings: the dialogue.
+            roles: the skeleton of its roles, which knows what belongs to an answer besides its content.
+        """
+        marked = [
+            {**message, "content": _mark(index)} if message["role"] == "assistant" else message
+            for index, message in enumerate(mappings)
+        ]
+        text = self.render(marked)
+        order, literals, lead, tail, place = [], [], [], [0], 0
+        for index, start in _marks(text):
+            literals.append(text[place:start])
+            place = start + len(_mark(index))
+            order.append(index)
+            position = roles.order.index(index)
+            lead.append(roles.lead[position])
+            tail.append(roles.tail[position + 1])
+        return _Skeleton(tuple(order), (*literals, text[place:]), (*lead, 0), tuple(tail))
+
     def _tail(self, following: str) -> int:
         """Characters of what follows an answer that end its turn."""
         if self._turn_marks:
@@ -537,6 +603,8 @@ class ChatTemplate:
 def _as_mapping(message: Message) -> dict[str, Any]:
     """A message as templates see it."""
     mapping: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.images:
+        mapping["content"] = _with_images(message.content)
     if message.tool_calls:
         mapping["tool_calls"] = list(message.tool_calls)
     if message.tool_call_id is not None:
@@ -567,7 +635,28 @@ def _require_kept(text: str, messages: Sequence[Message], tools: Sequence[Mappin
             raise LeftOutError(f"the chat template leaves out the text of turn {index + 1} ({message.role})")
 
 
+def _with_images(content: str) -> list[dict[str, Any]]:
+    """A text with IMAGE_MARKs as the parts that templates of vision models take."""
+    parts: list[dict[str, Any]] = []
+    for index, text in enumerate(content.split(IMAGE_MARK)):
+        if index:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def _require_shown(text: str, messages: Sequence[Message]) -> None:
+    """See that what turns with images say stands in the rendered text; templates may strip each part."""
+    for index, message in enumerate(messages):
+        for part in message.content.split(IMAGE_MARK) if message.images else ():
+            if part.strip() not in text:
+                raise LeftOutError(f"the chat template leaves out the text of turn {index + 1} ({message.role})")
+
+
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(message["content"], list):
+        return dict(message)
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 

@@ -22,7 +22,10 @@ Hub = Literal["huggingface", "modelscope"]
 
 PACKAGE = Path(__file__).parent.parent
 DEMO_MODEL = PACKAGE / "demo" / "base"
+DEMO_TOWER = PACKAGE / "demo" / "clip"
 DEMO_DATA = PACKAGE / "demo" / "data"
+# Models that come with fastft: what the demo starts from, and the vision tower of demo_vision.
+DEMO_MODELS = {"demo": DEMO_MODEL, "demo/clip": DEMO_TOWER}
 DEMO_TEXT = "demo/text"  # made on first use: 17 MB that its generator writes in two seconds
 UNSET = "SET_ME"  # stands in the recipes custom_sft and custom_pretrain where the user's own data belongs
 DATA_KINDS = frozenset({".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz"})
@@ -48,11 +51,11 @@ def model(wanted: "Model") -> Path:
     Raises:
         HubError: the model is neither here nor on the hub, or cannot be fetched; says what to do.
     """
-    folder = _local_model(wanted.name)
+    folder = local_model(wanted.name)
     if folder is not None:
         return folder
     what = f"model {masked(wanted.name)}"
-    _check_id(what, wanted.name)
+    check_id(what, wanted.name)
     fetch = modelscope.model if hub(wanted.hub) == "modelscope" else huggingface.model
     return fetch(wanted.name, revision=wanted.revision, with_weights=wanted.init == "pretrained")
 
@@ -63,7 +66,7 @@ def model_called(name: str) -> Path:
     Raises:
         HubError: see `model`.
     """
-    folder = _local_model(name)
+    folder = local_model(name)
     if folder is not None:
         return folder
     # The schema costs 0.15 s to import: a merge from disk to disk does not need it.
@@ -80,11 +83,11 @@ def dataset(wanted: "Source") -> Path | HubDataset:
         FileError: the source reads like a file and is not there.
         HubError: no such demo data, an impossible id, or ModelScope's copy cannot be fetched.
     """
-    path = _local_dataset(wanted.source)
+    path = local_dataset(wanted.source)
     if path is not None:
         return path
     what = f"data set {masked(wanted.source)}"
-    _check_id(what, wanted.source)
+    check_id(what, wanted.source)
     if hub(wanted.hub) == "modelscope":
         if wanted.subset is not None or wanted.split != "train":
             raise HubError(
@@ -101,11 +104,11 @@ def check(config: "Config") -> None:
     Raises:
         ConfigError, FileError, HubError: as they do.
     """
-    if _local_model(config.model.name) is None:
-        _check_id(f"model {masked(config.model.name)}", config.model.name)
+    if local_model(config.model.name) is None:
+        check_id(f"model {masked(config.model.name)}", config.model.name)
     for source in (*config.data.train, *config.data.eval):
-        if _local_dataset(source.source) is None:
-            _check_id(f"data set {masked(source.source)}", source.source)
+        if local_dataset(source.source) is None:
+            check_id(f"data set {masked(source.source)}", source.source)
     hub(config.model.hub)
 
 
@@ -119,12 +122,17 @@ def hub(configured: Hub) -> Hub:
     raise HubError(f"FASTFT_HUB={chosen}: no such hub; allowed are huggingface and modelscope.")
 
 
-def _local_model(name: str) -> Path | None:
+def local_model(name: str) -> Path | None:
+    """The folder on this machine that a model's name means; None when a hub has to be asked.
+
+    Raises:
+        HubError: the name is that of a file, of a folder without a model, or reads like a path that is not there.
+    """
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return path
-    if name == "demo":
-        return DEMO_MODEL
+    if name in DEMO_MODELS:
+        return DEMO_MODELS[name]
     if path.is_dir():
         raise HubError(f"model {name}: this folder holds no config.json, so it is no model; give a model's folder.")
     if path.exists():
@@ -134,7 +142,12 @@ def _local_model(name: str) -> Path | None:
     return None
 
 
-def _local_dataset(source: str) -> Path | None:
+def local_dataset(source: str) -> Path | None:
+    """The file or folder on this machine that a source means; None when a hub has to be asked.
+
+    Raises:
+        ConfigError, FileError, HubError: see `dataset`.
+    """
     if source == UNSET:
         raise ConfigError(
             "data.train.0.source: still to be set: name your own file, folder or data set, e.g. on the command line "
@@ -174,7 +187,12 @@ def _similar(path: Path) -> str:
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _check_id(what: str, name: str) -> None:
+def check_id(what: str, name: str) -> None:
+    """Refuse what no hub can have.
+
+    Raises:
+        HubError: an address, or no OWNER/NAME.
+    """
     if "://" in name:
         raise HubError(f"{what}: an address cannot be given; download it, and give the file or folder.")
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name or name.endswith((".git", ".", "-")):

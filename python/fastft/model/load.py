@@ -4,12 +4,11 @@
 The order matters to a run, which checks its data (tokenizer needed) before it reads gigabytes of weights.
 """
 
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastft import console
 from fastft.config import schema
@@ -19,12 +18,15 @@ from fastft.model import (
     device,
     folder_check,
     freeze,
+    llava,
     lora_start,
     memory,
     placement,
     quantization,
     quiet,
     speed,
+    vision,
+    whole,
 )
 from fastft.model.quantization import Quantized
 from fastft.model.tokenizer import load_tokenizer, pad_id
@@ -35,7 +37,6 @@ __all__ = ["Base", "Loaded", "load", "load_tokenizer", "load_weights", "locate"]
 _LAID_OUT_AS_LLAMA = ("internlm", "internlm2")
 # A class of transformers' own, but published with a tokenizer that only its remote code reads.
 _TOKENIZER_REWRITTEN = "internlm3"
-_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
 
     quiet.hide_loading_bars()
     on = device.choose()
-    # What is true of dtypes with full is true with freeze.
-    kind = "full" if config.method.kind == "freeze" else config.method.kind
+    kind = weights_kind(config.method.kind)
     stored_4bit = quantization.of_checkpoint(base.config_json)
     if stored_4bit is not None and kind == "full":
         raise ConfigError(
@@ -157,7 +157,9 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     model_config = read_model_config(base, **settings)
     if config.task == "reward":
         model_config.num_labels, model_config.pad_token_id = 1, pad_id(tokenizer)
-    model_class = _model_class(config.task)
+    in_parts = config.vision is not None and config.vision.tower is not None
+    sees = config.vision is not None and not in_parts
+    as_class = vision.model_class() if sees else model_class(config.task)
     device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
     products = device.products_dtype(config.model.dtype, dtype, kind, on)
@@ -166,26 +168,34 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if fast.attention is not None:
         settings["attn_implementation"] = fast.attention
     if config.model.init == "random":
-        model = _draw(model_class, model_config, dtype, settings, config.train.seed)
+        model = _draw(as_class, model_config, dtype, settings, config.train.seed)
     else:
         if kind == "qlora" and stored_4bit is None:
             assert config.method.quantization is not None
-            settings["quantization_config"] = quantization.settings(config.method.quantization, on)
+            skip = vision.unquantized(model_config) if sees else None
+            settings["quantization_config"] = quantization.settings(config.method.quantization, on, skip)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
         # A model that is shared out afterwards need not fit on the device; a 4-bit one is packed there.
         waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
-        places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on))
-        model = _read(model_class, base, model_config, dtype, settings=settings, places=places)
-    _check_vocabulary(model, tokenizer, base)
+        places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on), as_class)
+        model = _read(as_class, base, model_config, dtype, settings=settings, places=places)
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
-        quantization.disable_cpu_repacking(model)
+        quantization.make_safe(model)
         quantized = quantization.describe(model)
+    if in_parts:
+        model = llava.read(config, model, tokenizer)
+    _check_vocabulary(model, tokenizer, base)
     speed.install(model, fast)
     if config.method.lora is not None:
-        model = adapter.attach(model, config.method.lora, base.name, config.task)
+        learn = None if config.vision is None else config.vision.learn
+        model = adapter.attach(model, config.method.lora, base.name, config.task, learn)
         lora_start.start(model, config.method.lora, base.weights_folder)
+    elif config.vision is not None:
+        vision.freeze(model, config.vision.learn)
+    if config.vision is not None:
+        vision.freeze_unused(model)
     if config.method.trained_layers is not None:
         freeze.freeze(model, config.method.trained_layers)
     switches = memory.choose(config, memory.facts_of(model, on), on)
@@ -224,22 +234,27 @@ def checkpoint_dtype(base: Base) -> Any:
     return torch.float32
 
 
-def _model_class(task: schema.Task) -> Any:
+def weights_kind(kind: str) -> Literal["full", "lora", "qlora"]:
+    """The method whose rules of dtypes hold: what is true with full is true with freeze."""
+    return "lora" if kind == "lora" else "qlora" if kind == "qlora" else "full"
+
+
+def model_class(task: schema.Task) -> Any:
     """What transformers makes of a base: a model with a head for words, or for one number (task reward)."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
 
 
-def _draw(model_class: Any, model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
+def _draw(as_class: Any, model_config: Any, dtype: Any, settings: Mapping[str, Any], seed: int) -> Any:
     from transformers import set_seed
 
     set_seed(seed)
-    return model_class.from_config(model_config, dtype=dtype, **settings)
+    return as_class.from_config(model_config, dtype=dtype, **settings)
 
 
 def _read(
-    model_class: Any,
+    as_class: Any,
     base: Base,
     model_config: Any,
     dtype: Any,
@@ -251,59 +266,18 @@ def _read(
     several = len(places) > 1
     if several:
         quantization.allow_parts_in_ram(settings.get("quantization_config"), model_config)
+    is_classifier = "SequenceClassification" in as_class.__name__
     with placement.without_offload_hooks() if several else nullcontext():
-        return read_weights(model_class, base, config=model_config, dtype=dtype, **place, **settings)
-
-
-def read_weights(model_class: Any, base: Base, **settings: Any) -> Any:
-    """Let transformers read the weights of `base`, and see that it found every tensor of the model.
-
-    Args:
-        model_class: with `from_pretrained`.
-        base: the folder.
-        settings: for `from_pretrained`.
-
-    Raises:
-        CheckpointError: a file is broken, a tensor of the model is missing or has another shape, or the files hold
-            more layers than config.json says.
-    """
-    folder_check.check_weights(base.weights_folder)
-    with folder_check.library_errors(f"model {base.folder}: cannot be read"), quiet.without_reports():
-        model, found = model_class.from_pretrained(
-            base.weights_folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        return whole.read(
+            as_class,
+            base.weights_folder,
+            drawn=("score.weight",) if is_classifier else (),
+            dropped=("lm_head.weight",) if is_classifier else (),
+            config=model_config,
+            dtype=dtype,
+            **place,
+            **settings,
         )
-    _check_found(model, found, base)
-    return model
-
-
-def _check_found(model: Any, found: Mapping[str, Any], base: Base) -> None:
-    """Refuse weights that transformers would draw at random or leave out, which it does in silence."""
-    where = f"model {base.folder}"
-    # A head that answers with a number is new in the training of a reward model.
-    new = () if not type(model).__name__.endswith("ForSequenceClassification") else ("score.", "classifier.")
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith(new or ("\n",)))
-    if missing:
-        raise CheckpointError(
-            f"{where}: its files do not hold {len(missing)} weights of the model, such as {missing[0]}; the download is"
-            " incomplete, or config.json belongs to another model"
-        )
-    mismatched = sorted(found["mismatched_keys"], key=str)
-    if mismatched:
-        name, there, wanted = mismatched[0]
-        raise CheckpointError(
-            f"{where}: {name} is {tuple(there)} in the files, but config.json makes it {tuple(wanted)}; one of them belongs"
-            " to another model"
-        )
-    left_over = sorted(found["unexpected_keys"])
-    if not left_over:
-        return
-    kinds = {_NUMBER.sub("N", name) for name in model.state_dict()}
-    more = [name for name in left_over if _NUMBER.sub("N", name) in kinds]
-    if more:
-        raise CheckpointError(
-            f"{where}: its files hold {more[0]}, a layer that config.json does not know; the model would be cut off"
-        )
-    console.warn(f"{where}: {len(left_over)} tensors of its files are not used, such as {left_over[0]}")
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, base: Base) -> None:

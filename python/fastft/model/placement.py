@@ -14,13 +14,14 @@ from typing import Any
 from fastft.config import schema
 
 
-def device_map(memory: schema.Memory, model_config: Any, device: str) -> dict[str, str]:
+def device_map(memory: schema.Memory, model_config: Any, device: str, model_class: Any = None) -> dict[str, str]:
     """Module names and devices for transformers' `device_map`.
 
     Args:
         memory: the switches asked for.
         model_config: transformers' config of the model.
         device: where everything else goes: "cpu", "cuda:0".
+        model_class: what reads the model; None: AutoModelForCausalLM.
     """
     places = {"": device}
     wanted = {
@@ -33,7 +34,7 @@ def device_map(memory: schema.Memory, model_config: Any, device: str) -> dict[st
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
+        skeleton = (model_class or AutoModelForCausalLM).from_config(copy.deepcopy(model_config))
     modules = [getattr(skeleton, getter)() for getter, is_wanted in wanted.items() if is_wanted]
     names = [name for name, module in skeleton.named_modules() if any(module is found for found in modules)]
     return {**places, **dict.fromkeys(names, "cpu")}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.config import schema
 from fastft.errors import ConfigError
-from fastft.model import device
+from fastft.model import device, unpacking
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,10 @@ class Quantized:
         return {**asdict(self), "skip": list(self.skip)}
 
 
-def settings(quantization: schema.Quantization, on: "torch.device") -> Any:
+def settings(quantization: schema.Quantization, on: "torch.device", skip: list[str] | None = None) -> Any:
     """Transformers' BitsAndBytesConfig for a schema block; the compute dtype is always set.
+
+    `skip` names the modules that stay as they are, the head among them; None: transformers' choice.
 
     (Its default, fp32, has no fused kernel on CUDA and says nothing about it: spec training.md 7.)
     """
@@ -57,6 +59,7 @@ def settings(quantization: schema.Quantization, on: "torch.device") -> Any:
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=device.compute_dtype(quantization.compute_dtype, on),
+        llm_int8_skip_modules=skip,
     )
 
 
@@ -92,6 +95,15 @@ def of_checkpoint(config_json: Mapping[str, Any]) -> Mapping[str, Any] | None:
         )
     assert isinstance(block, Mapping)
     return block
+
+
+def make_safe(model: "nn.Module") -> None:
+    """Keep bitsandbytes from two faults of its CPU code that would train or answer wrongly without a word.
+
+    Must run after loading and before the first forward.
+    """
+    disable_cpu_repacking(model)
+    unpacking.make_right(model)
 
 
 def disable_cpu_repacking(model: "nn.Module") -> int:

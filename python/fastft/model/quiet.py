@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,23 +54,24 @@ def _import_bitsandbytes() -> None:
         torch.compile = compile_function
 
 
-@contextmanager
-def without_reports() -> Iterator[None]:
-    """Hide transformers' table of missing and left-over weights meanwhile; `load` says what matters of it."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    reports = [logger, logging.getLogger("transformers.utils.loading_report")]
-    before = [report.level for report in reports]
-    for report in reports:
-        report.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for report, level in zip(reports, before, strict=True):
-            report.setLevel(level)
-
-
 def hide_loading_bars() -> None:
     """Hide transformers' bar "Loading weights"; fastft says itself what it reads."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def without_report_of(model_class: Any, patterns: Sequence[str]) -> Iterator[None]:
+    """Let transformers read a part of a checkpoint without listing, as unexpected, what belongs to the other parts.
+
+    Args:
+        model_class: what is read.
+        patterns: regular expressions of the names that are left.
+    """
+    before = model_class._keys_to_ignore_on_load_unexpected  # noqa: SLF001 - there is no public way
+    model_class._keys_to_ignore_on_load_unexpected = [*(before or ()), *patterns]  # noqa: SLF001
+    try:
+        yield
+    finally:
+        model_class._keys_to_ignore_on_load_unexpected = before  # noqa: SLF001

@@ -239,10 +239,11 @@ def _refuse(config: schema.Config, facts: Facts) -> None:
 
 
 def _attentions(model_config: Any) -> frozenset[str] | None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     # A class of the model's own code is not known here.
-    kind = AutoModelForCausalLM._model_mapping.get(type(model_config), None)  # noqa: SLF001
+    auto = AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
+    kind = auto._model_mapping.get(type(model_config), None)  # noqa: SLF001
     if kind is None or isinstance(kind, tuple):
         return None
     marks = {

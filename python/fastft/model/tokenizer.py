@@ -21,7 +21,15 @@ def load_tokenizer(folder: Path, model: schema.Model) -> Any:
         CheckpointError: no tokenizer can be read from the folder.
         ConfigError: the named chat template does not exist.
     """
-    tokenizer = read(folder, trust_remote_code=model.trust_remote_code)
+    return with_template(read(folder, trust_remote_code=model.trust_remote_code), model)
+
+
+def with_template(tokenizer: Any, model: schema.Model) -> Any:
+    """The tokenizer, with the chat template that the config names if it has none of its own.
+
+    Raises:
+        ConfigError: the named chat template does not exist.
+    """
     if model.chat_template is None:
         return tokenizer
     if tokenizer.chat_template:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastft.config import schema
+from fastft.data.formats import PAIR_TASKS
 from fastft.errors import ConfigError
 from fastft.model import adapter, quiet
 from fastft.plan import skeleton
@@ -87,7 +88,9 @@ def account(subject: Subject, tokens: int, *, chunked_loss: bool = True) -> Acco
     quiet.prepare_libraries()
     length = skeleton.period(subject.model_config)
     total = int(subject.model_config.get_text_config().num_hidden_layers)
-    few, more = 2 * length, 3 * length
+    # With freeze the last layers are trained; there must be others before them in both runs.
+    ends = -(-(subject.config.method.trained_layers or 1) // length) * length
+    few, more = length + ends, 2 * length + ends
     if total <= more:
         few = more = total
     try:
@@ -105,8 +108,8 @@ def account(subject: Subject, tokens: int, *, chunked_loss: bool = True) -> Acco
 
     sizes = {name: grown(small.sizes[name], large.sizes[name]) for name in small.sizes}
     peaks: dict[str, int] = {}
-    for name, one in small.named_peaks(length).items():
-        peaks[name] = grown(one, large.named_peaks(length)[name])
+    for name, one in small.named_peaks(length, ends).items():
+        peaks[name] = grown(one, large.named_peaks(length, ends)[name])
     part = max(peaks, key=lambda name: peaks[name])
     peak = peaks[part] + (WORKSPACE_BYTES if subject.on_gpu else 0)
     counts = {name: sizes.pop(name) for name in ("ram", "trained_weights", "all_weights")}
@@ -139,12 +142,13 @@ class _Run:
                 has_bf16=subject.has_bf16,
             )
             self.line = made.switches.line()
-            self.sizes = _sizes(made, tokens * subject.config.train.batch_size, layers)
+            samples = subject.config.train.batch_size * samples_of_row(subject.config.task)
+            self.sizes = _sizes(made, tokens * samples, layers)
             _step(subject, made, tracker, tokens, chunked_loss=chunked_loss)
         self.peaks = dict(tracker.peaks)
 
-    def named_peaks(self, length: int) -> dict[str, int]:
-        """The parts that a model of any depth has: layers counted from the start and from the end."""
+    def named_peaks(self, length: int, ends: int) -> dict[str, int]:
+        """The parts that a model of any depth has: `length` layers counted from the start, `ends` from the end."""
         named: dict[str, int] = {}
         for part, peak in self.peaks.items():
             if part == "start":
@@ -155,7 +159,7 @@ class _Run:
             what, layer = part
             if layer < length:
                 named[f"{what} of layer {layer + 1}"] = peak
-            if layer >= self.layers - length:
+            if layer >= self.layers - ends:
                 back = self.layers - 1 - layer
                 named[f"{what} of the last layer" + (f" but {back}" if back else "")] = peak
         return named
@@ -193,30 +197,70 @@ def _sizes(made: skeleton.Skeleton, tokens: int, layers: int) -> dict[str, int]:
 def _step(subject: Subject, made: skeleton.Skeleton, tracker: Tracker, tokens: int, *, chunked_loss: bool) -> None:
     """As the trainer makes it: micro-batches, then the optimizer."""
     from fastft.model import memory
-    from fastft.training import loss, trainer
+    from fastft.training import loss, preferences, trainer
 
-    train, data = subject.config.train, subject.config.data
+    train = subject.config.train
     causal_lm = made.causal_lm
     causal_lm.config.use_cache = False
     where = memory.checkpoints(subject.config, torch.device("cuda" if subject.on_gpu else "cpu"))
     trainer._set_checkpointing(causal_lm, where)  # noqa: SLF001 - the trainer's own way
-    if chunked_loss:
+    if subject.config.task == "reward":
+        preferences.install_scores(causal_lm)
+    elif chunked_loss:
         loss.install(causal_lm)
     made.model.train()
     follower = _Follower(causal_lm, tracker)
-    shape = (train.batch_size, tokens)
-    ids = torch.empty(shape, dtype=torch.int64)
-    extra: dict[str, Any] = {}
-    if data.packing or train.batch_size > 1:
-        extra["attention_mask"] = torch.empty(train.batch_size, 1, tokens, tokens, dtype=torch.bool)
-        extra["position_ids"] = torch.empty(shape, dtype=torch.int64)
     for _ in range(min(train.grad_accumulation, 2)):
-        follower.forward()
         with torch.autocast("cpu", dtype=made.products or torch.bfloat16, enabled=made.products is not None):
-            total = made.model(input_ids=ids, labels=ids, **extra).loss
-        total.backward()
+            total = _loss(subject, made, follower, tokens, chunked_loss=chunked_loss)
+        total.backward()  # type: ignore[no-untyped-call]
         del total
     tracker.enter("the optimizer's step")
+
+
+def samples_of_row(task: schema.Task) -> int:
+    """How many samples of a row are learned from at once: both answers of a pair."""
+    return 2 if task in PAIR_TASKS else 1
+
+
+def _loss(
+    subject: Subject, made: skeleton.Skeleton, follower: "_Follower", tokens: int, *, chunked_loss: bool
+) -> torch.Tensor:
+    """A micro-batch's forward passes, those without gradient first, as the trainers of the tasks make them."""
+    config = subject.config
+    shape = (config.train.batch_size * samples_of_row(config.task), tokens)
+    ids, positions = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
+    if config.task in ("pretrain", "sft"):
+        extra: dict[str, Any] = {}
+        if config.data.packing or shape[0] > 1:
+            extra["attention_mask"] = torch.empty(shape[0], 1, tokens, tokens, dtype=torch.bool)
+            extra["position_ids"] = positions
+        follower.forward()
+        whole: torch.Tensor = made.model(input_ids=ids, labels=ids, **extra).loss
+        return whole
+    if config.task == "reward":
+        follower.forward()
+        last = torch.empty(shape[0], dtype=torch.int64)
+        scores: torch.Tensor = made.model(input_ids=ids, position_ids=positions, last=last).logits
+        return scores.sum()
+
+    def log_probs(count: int) -> torch.Tensor:
+        follower.forward()
+        batch = {"input_ids": ids[:1].expand(count, -1), "position_ids": positions[:1].expand(count, -1)}
+        if chunked_loss:
+            sums: torch.Tensor = made.model(**batch, labels=batch["input_ids"], row_sums=True).loss
+            return sums.sum()
+        logits = made.model(**batch, use_cache=False).logits[:, :-1].float()
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:])
+
+    lora = config.method.lora
+    if config.task in ("dpo", "kto") and lora is not None and lora.init in ("default", "gaussian"):
+        with torch.no_grad(), made.model.disable_adapter():
+            log_probs(2 * config.train.batch_size)
+    if config.task == "kto":
+        with torch.no_grad():
+            log_probs(config.train.batch_size)
+    return log_probs(shape[0])
 
 
 class _Follower:

@@ -96,7 +96,7 @@ def possible(subject: Subject) -> tuple[Change, ...]:
     """The changes that this run allows, the cheapest first."""
     config, text = subject.config, subject.model_config.get_text_config()
     memory, train = config.memory, config.train
-    frozen = config.method.kind != "full"
+    frozen = config.method.has_adapter
     saved = config.method.lora.modules_to_save if config.method.lora is not None else ()
     tables = frozen and not saved
     tied = bool(getattr(text, "tie_word_embeddings", False))

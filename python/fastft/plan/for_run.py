@@ -83,10 +83,6 @@ def choose(config: schema.Config, base: model_load.Base, card: Card | None, proc
 
 def _not_counted(config: schema.Config) -> str | None:
     """What of a run the count would leave out; None: nothing."""
-    if config.task not in ("pretrain", "sft"):
-        return f"task {config.task}"
-    if config.method.kind == "freeze":
-        return "method freeze"
     if config.distributed.fsdp or config.distributed.deepspeed is not None:
         return "a run that is shared out"
     return None

@@ -93,19 +93,20 @@ def build(
         on_gpu: whether the run is planned for a GPU, or for this CPU.
         has_bf16: whether that GPU multiplies bf16.
     """
-    from transformers import AutoModelForCausalLM
+    from fastft.model import freeze, load
 
     on = torch.device("cuda" if on_gpu else "cpu")
     kind = config.method.kind
+    weights_kind = load.weights_kind(kind)
     with mock.patch.object(device, "has_bf16", return_value=has_bf16), _quiet():
-        dtype = device.weights_dtype(config.model.dtype, checkpoint, kind, on)
-        products = device.products_dtype(config.model.dtype, dtype, kind, on)
+        dtype = device.weights_dtype(config.model.dtype, checkpoint, weights_kind, on)
+        products = device.products_dtype(config.model.dtype, dtype, weights_kind, on)
         settings: dict[str, Any] = {"trust_remote_code": False}
         if config.model.attention != "auto":
             # Flash attention from its own package keeps what torch's keeps.
             settings["attn_implementation"] = "eager" if config.model.attention == "eager" else "sdpa"
         with tracker.in_ram():
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
+            model = load.model_class(config.task).from_config(model_config, dtype=dtype, **settings)
         if kind == "qlora" or stored_4bit is not None:
             block = stored_4bit or {}
             asked = config.method.quantization or schema.Quantization()
@@ -115,7 +116,9 @@ def build(
                 _pack(model, dtype, compute, nested=nested)
         if config.method.lora is not None:
             with tracker.in_ram():
-                model = adapter.attach(model, config.method.lora, "plan")
+                model = adapter.attach(model, config.method.lora, "plan", config.task)
+        if config.method.trained_layers is not None:
+            freeze.freeze(model, config.method.trained_layers)
         facts = memory.facts_of(model, on)
         switches = memory.choose(config, facts, on)
         with tracker.in_ram():
@@ -152,7 +155,7 @@ def _pack(model: nn.Module, dtype: torch.dtype, compute: torch.dtype, *, nested:
     """Turn every linear layer but the head into a 4-bit one, as transformers does while it reads."""
     from bitsandbytes.nn import Linear4bit
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = getattr(model, "score", None) or model.get_output_embeddings()  # type: ignore[operator]
     for layer in list(model.modules()):
         if type(layer) is not nn.Linear or layer is head:
             continue
@@ -282,6 +285,13 @@ def stand_ins(tracker: Tracker, *, on_gpu: bool) -> Iterator[None]:
         for number, tile in enumerate(self.tiles):
             yield buffers[number % 2][: tile.shape[0]]
 
+    def copied(self: Any, memo: dict[int, Any]) -> Any:
+        made = torch.empty_like(self)
+        if isinstance(self, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=self.requires_grad)
+        memo[id(self)] = made
+        return made
+
     def nf4_tiles(self: Any, weight_VD: torch.Tensor, tile_rows: int, _device: torch.device) -> None:
         self.tiles = [
             (torch.empty(-(-tile.numel() // 2), 1, dtype=torch.uint8), _state(tile, weight_VD.dtype, nested=True))
@@ -292,6 +302,8 @@ def stand_ins(tracker: Tracker, *, on_gpu: bool) -> Iterator[None]:
         put = stack.enter_context
         put(mock.patch.object(host_checkpoints.HostCheckpoints, "buffer", buffer))
         put(mock.patch.object(nn.Module, "_apply", _apply))
+        # peft copies what it trains beside adapters; torch would copy the mode of fake tensors with them.
+        put(mock.patch.object(torch.Tensor, "__deepcopy__", copied))
         # Whether rows are packed is asked of the numbers; the plan gives a packed row its mask itself.
         put(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
         put(mock.patch.object(tiled_head._Nf4Tiles, "__init__", nf4_tiles))  # noqa: SLF001

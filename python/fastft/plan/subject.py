@@ -51,8 +51,12 @@ def of_json(
     if model_config.get_text_config() is not model_config:
         raise ConfigError(f"plan: a model of type {kind} reads more than text; only text models are planned")
     stored = quantization.of_checkpoint(config_json)
-    if stored is not None and config.method.kind == "full":
-        raise ConfigError("method: full cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint")
+    if stored is not None and not config.method.has_adapter:
+        raise ConfigError(
+            f"method: {config.method.kind} cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint"
+        )
+    if config.task == "reward":
+        model_config.num_labels, model_config.pad_token_id = 1, 0
     return Subject(config, model_config, _dtype(config_json), stored, on_gpu, has_bf16)
 
 
@@ -60,12 +64,14 @@ def _read_as(config: schema.Config, kind: str, config_json: Mapping[str, Any]) -
     import json
 
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
             f"plan: transformers has no text model of type {kind}, and code that comes with a model is not run for a plan"
         )
+    if config.task == "reward" and kind not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise ConfigError(f"plan: transformers has no classifier of type {kind}, so no reward model is made of it")
     with tempfile.TemporaryDirectory() as folder:
         content = {key: value for key, value in config_json.items() if key != "auto_map"}
         (Path(folder) / "config.json").write_text(json.dumps(content))

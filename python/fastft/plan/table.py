@@ -6,7 +6,7 @@ from typing import Any
 
 from fastft.config import schema
 from fastft.plan import fit
-from fastft.plan.accounting import Account, Subject, account
+from fastft.plan.accounting import Account, Subject, account, samples_of_row
 from fastft.plan.fit import CONTEXT_BYTES, GAPS, GIB, Advice, Card
 
 WIDTH = 80
@@ -93,6 +93,8 @@ def lines(plan: Plan) -> list[str]:
     """The table."""
     config, counted = plan.subject.config, plan.account
     rows = f"rows of {config.data.max_length:,} tokens, {config.train.batch_size} at once"
+    if samples_of_row(config.task) > 1:
+        rows = f"pairs of {config.data.max_length:,} tokens each, {config.train.batch_size} at once"
     opening = (f"plan of {config.name}: {config.method.kind}, {rows}", f"memory: {counted.line}")
     found = [line for text in opening for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
     found.append("")
@@ -150,11 +152,13 @@ def _head_remark(config: schema.Config, *, tied: bool) -> str:
 def _beside(plan: Plan) -> list[tuple[str, str]]:
     """RAM, disk and time."""
     config, counted = plan.subject.config, plan.account
-    base = (counted.all_weights - (counted.trained_weights if config.method.kind != "full" else 0)) * (
-        plan.subject.checkpoint.itemsize
-    )
-    states = counted.trained_weights * _STATE_BYTES
-    tokens = config.data.max_length * config.train.batch_size * config.train.grad_accumulation * plan.gpus
+    frozen = counted.all_weights - counted.trained_weights
+    width = plan.subject.checkpoint.itemsize
+    base = (frozen if config.method.has_adapter else counted.all_weights) * width
+    # Beside an adapter no base is kept; a model trained in part is kept whole.
+    states = counted.trained_weights * _STATE_BYTES + (0 if config.method.has_adapter else frozen * width)
+    samples = config.train.batch_size * samples_of_row(config.task)
+    tokens = config.data.max_length * samples * config.train.grad_accumulation * plan.gpus
     operations = _operations(plan.subject, counted) * tokens / plan.gpus
     times = ", ".join(f"{operations / rate / 1e12:,.1f} s at {rate}" for rate in _RATES)
     return [
@@ -171,9 +175,13 @@ def _operations(subject: Subject, counted: Account) -> float:
     table = text.vocab_size * text.hidden_size
     tied = bool(getattr(text, "tie_word_embeddings", False))
     multiplied = counted.all_weights - (0 if tied else table)
-    full = subject.config.method.kind == "full"
+    method = subject.config.method
     again = subject.config.train.gradient_checkpointing is not False
-    passes = 2 + 2 + (2 if full else 0) + (2 if again else 0)
+    passes = 2.0 + 2 + (2 if method.kind == "full" else 0) + (2 if again else 0)
+    if method.trained_layers is not None:  # the way back ends at the first trained layer
+        part = min(method.trained_layers / text.num_hidden_layers, 1.0)
+        passes = 2 + part * (4 + (2 if again else 0))
+    passes += {"dpo": 2, "kto": 6}.get(subject.config.task, 0)  # the reference, and kto's drift
     # Half of all pairs of tokens meet; scores and sums; twice as much in the backward pass.
     attention = text.num_hidden_layers * 4 * text.hidden_size * subject.config.data.max_length / 2
     return float(multiplied * passes + attention * (4 if again else 3))

@@ -149,7 +149,11 @@ def install(causal_lm: Any) -> bool:
 def _parts(causal_lm: Any) -> tuple[Any, Head]:
     """The decoder, and the head with the scaling of logits that the model's config asks for."""
     linear = causal_lm.get_output_embeddings()
-    decoder = causal_lm.get_decoder() if hasattr(causal_lm, "get_decoder") else None
+    if hasattr(causal_lm.config, "vision_config"):
+        # What puts images in their places and counts positions is part of it: more than the text decoder.
+        decoder = causal_lm.base_model
+    else:
+        decoder = causal_lm.get_decoder() if hasattr(causal_lm, "get_decoder") else None
     scaling = _scaling(causal_lm)
 
     def head(hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -183,10 +187,20 @@ def _vocabulary(causal_lm: Any) -> int:
     return int(causal_lm.config.get_text_config().vocab_size)
 
 
+def _probe(config: Any, vocabulary: int) -> torch.Tensor:
+    """Token ids [1, T] for a comparison, none of which asks for an image or a film."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "boi_token_index")
+    special = torch.tensor(
+        [i for i in (getattr(config, name, None) for name in names) if isinstance(i, int)], dtype=torch.int64
+    )
+    ids = torch.arange(4 * _PROBE_TOKENS) * 7 % vocabulary
+    return ids[~torch.isin(ids, special)][:_PROBE_TOKENS].unsqueeze(0)
+
+
 def _agrees(causal_lm: Any, own_forward: Any, forward: Any, vocabulary: int) -> bool:
     """Compare both losses on a few fixed tokens, without dropout; no random number is drawn."""
     device = causal_lm.device
-    ids_BT = (torch.arange(_PROBE_TOKENS, device=device) * 7 % vocabulary).unsqueeze(0)
+    ids_BT = _probe(causal_lm.config, vocabulary).to(device)
     training = causal_lm.training
     causal_lm.eval()
     try:

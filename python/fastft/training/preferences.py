@@ -66,12 +66,20 @@ class PreferenceTrainer(FastftTrainer):
         """The sum of the rows' losses, divided by the rows of the whole step."""
         assert not return_outputs
         losses_B, margins_B = self._losses(model, inputs, "train")
-        self.measured += _summary(margins_B)
+        self.measured += self._of_all(_summary(margins_B))
         num_rows = losses_B.shape[0] if num_items_in_batch is None else num_items_in_batch
         total: torch.Tensor = losses_B.sum() / num_rows
         if num_items_in_batch is not None and self.args.world_size > 1:
             total = total * self.args.world_size  # the processes' gradients are averaged
         return total
+
+    def _of_all(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over the rows of all processes, on the CPU."""
+        if self.args.world_size == 1:
+            return sums
+        shared = sums.to(device=self.args.device, dtype=torch.float32)
+        torch.distributed.all_reduce(shared)
+        return shared.cpu().double()
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> torch.Tensor:
         """Rows of a whole step, over all processes."""
@@ -232,10 +240,7 @@ class PreferenceTrainer(FastftTrainer):
                 losses_B, margins_B = self._losses(self.model, inputs, "eval")
                 if numbers:
                     total += torch.cat([losses_B.sum().double().cpu().view(1), _summary(margins_B)])
-        if world > 1:
-            shared = total.to(device=self.args.device, dtype=torch.float32)
-            torch.distributed.all_reduce(shared)
-            total = shared.cpu().double()
+        total = self._of_all(total)
         metrics = {"eval_loss": (total[0] / total[1]).item(), "eval_accuracy": (total[3] / total[1]).item()}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -16,7 +16,7 @@ from fastft.config import schema, show
 from fastft.errors import DataError, FileError, TrainingError
 from fastft.model import device, lora_start, quiet, tokenizer
 from fastft.model import load as model_load
-from fastft.training import folder, launch, resume
+from fastft.training import folder, launch, resume, words
 from fastft.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Prepared:
     """All that is known before the weights are read."""
 
     base: model_load.Base
-    tokenizer: Any
+    words: words.Words
     data: Any
 
 
@@ -82,16 +82,17 @@ def dry_run(config: schema.Config, *, work_dir: Path, processes: int = 1) -> Non
 
 def _first_batch(config: schema.Config, prepared: Prepared) -> str:
     """What the first process would see first: rows, their length, how many of the tokens are learned."""
-    from fastft.data.collate import Collator
     from fastft.data.samples import NOT_LEARNED
     from fastft.training.batches import EpochBatches
 
     rows, train = prepared.data.train, config.train
     order = EpochBatches(len(rows), train.batch_size, shuffle=config.data.shuffle, seed=train.seed)
-    batch = Collator(tokenizer.pad_id(prepared.tokenizer))([rows[index] for index in next(iter(order))])
+    batch = _collator(prepared.words, packed=prepared.data.report.packing)([rows[index] for index in next(iter(order))])
     count, length = batch["input_ids"].shape
     learned = int((batch["labels"] != NOT_LEARNED).sum())
-    return f"first batch: {count} rows of {length} tokens, {learned} of {count * length} learned"
+    shapes = [f"{key} {list(value.shape)}" for key, value in batch.items() if value.shape[:2] != (count, length)]
+    images = f"; images: {', '.join(shapes)}" if shapes else ""
+    return f"first batch: {count} rows of {length} tokens, {learned} of {count * length} learned{images}"
 
 
 def run(config: schema.Config, *, work_dir: Path, resume: str | None = None) -> RunResult:
@@ -147,11 +148,15 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     choice = _planned(config, prepared.base)
     set_seed(config.train.seed)  # adapters and new weights are drawn while loading
     with _fits_on_gpu(config, lambda: "reading the weights"):
-        loaded = choice.told(model_load.load_weights(choice.config, prepared.base, prepared.tokenizer))
+        loaded = choice.told(model_load.load_weights(choice.config, prepared.base, prepared.words.tokenizer))
     if found is not None:
         lora_start.check(found.path, loaded.model)
     about = record.describe(config, loaded, counts, steps)
     console.note(f"model: {trainer.describe_weights(loaded.model)}, base {about['base']['dtype']}{_held(loaded)}")
+    if config.vision is not None:
+        from fastft.model import vision
+
+        console.note(f"trained: {vision.describe(config.vision.learn, config.method.kind)}")
     if config.memory != schema.Memory() or device.choose().type != "cpu":
         console.note(f"memory: {loaded.memory.line()}")
     console.note(f"speed: {'; '.join(loaded.speed.parts())}")
@@ -159,12 +164,12 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
         _require_space(work_dir, loaded.model, config)
     on_page = page.About(config, steps, prepared.data.report.lines(), about)
     loss, weights = _train(
-        config, work_dir, loaded, prepared.data, on_page, planned=choice.config, found=found, writes=writes
+        config, work_dir, loaded, prepared, on_page, planned=choice.config, found=found, writes=writes
     )
 
-    artifact = work_dir / ("adapter" if config.method.has_adapter else "model")
+    artifact = work_dir / _artifact_name(config)
     if writes:
-        _write_result(artifact, work_dir, loaded, about, weights)
+        _write_result(config, artifact, loaded, about, weights, processor_files=_processor_files(config, prepared))
         lines = metrics.read(work_dir / "metrics.jsonl")
         refresh.draw(work_dir, on_page, state="finished")
         loss = next((line["loss"] for line in reversed(lines) if "loss" in line), loss)
@@ -172,6 +177,13 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     console.note(f"done: {steps} steps in {seconds:.0f} s, loss {loss:.4f}")
     console.note(f"result: {artifact}\nplot:   {work_dir / 'loss.png'}\nreport: {work_dir / page.FILE_NAME}")
     return RunResult(work_dir, artifact, loss, steps, seconds)
+
+
+def _artifact_name(config: schema.Config) -> str:
+    """What the folder of the result is called in the run folder."""
+    if config.vision is not None and config.vision.tower is not None:
+        return "llava"
+    return "adapter" if config.method.has_adapter else "model"
 
 
 def _check_choices(config: schema.Config, processes: int) -> None:
@@ -192,25 +204,51 @@ def _check_choices(config: schema.Config, processes: int) -> None:
 def _prepare(config: schema.Config) -> Prepared:
     """Tokenizer and data; the weights are not touched."""
     quiet.prepare_libraries()
+    from fastft.chat import session
     from fastft.data import check, formats, preview
     from fastft.data import prepare as data_prepare
 
     base = model_load.locate(config.model)
-    words = tokenizer.load_tokenizer(base.weights_folder, config.model)
-    if config.task != "pretrain":
-        tokenizer.require_chat_template(words, config.model)
-    data = data_prepare.prepare(config.data, config.task, words, config.train.seed, batch_size=config.train.batch_size)
+    read = words.read(config, base)
+    if read.seer is not None:
+        for path in config.samples.images:
+            read.seer.size(session.image(path))
+    data = data_prepare.prepare(
+        config.data,
+        config.task,
+        read.tokenizer,
+        config.train.seed,
+        batch_size=config.train.batch_size,
+        seer=read.seer,
+    )
     for line in data.report.lines():
         console.note(line)
     check.require(data.report, config.data)
     if len(data.train) == 0:
         raise DataError("data.train: no sample is left to learn from; `fastft log-dataset` shows what was read")
     console.note("the first sample; what is learned is marked:")
-    console.show(preview.opening(data.train[0], words, colour=console.stderr().is_terminal))
+    console.show(preview.opening(data.train[0], read.tokenizer, colour=console.stderr().is_terminal))
     if config.task in formats.PAIR_TASKS:
         console.note("and the answer that lost:")
-        console.show(preview.opening(data.train[1], words, colour=console.stderr().is_terminal))
-    return Prepared(base, words, data)
+        console.show(preview.opening(data.train[1], read.tokenizer, colour=console.stderr().is_terminal))
+    return Prepared(base, read, data)
+
+
+def _processor_files(config: schema.Config, prepared: Prepared) -> Callable[[Path], None]:
+    """What puts a vision model's processor beside its weights; nothing for a model that reads text only."""
+    read = prepared.words
+
+    def write(place: Path) -> None:
+        if read.processor is None:
+            return
+        if config.vision is not None and config.vision.tower is not None:
+            read.processor.save_pretrained(place)
+        else:
+            from fastft.model import processor
+
+            processor.save(read.processor, place, prepared.base.weights_folder, config.vision)
+
+    return write
 
 
 def _planned(config: schema.Config, base: model_load.Base) -> "for_run.Choice":
@@ -224,7 +262,7 @@ def _train(
     config: schema.Config,
     work_dir: Path,
     loaded: model_load.Loaded,
-    data: Any,
+    prepared: Prepared,
     on_page: Any,
     *,
     planned: schema.Config,
@@ -249,15 +287,17 @@ def _train(
     listeners = loggers.start(config, resume.flat(config), work_dir, step) if writes else []
     pages = [refresh.Refresh(work_dir, on_page)] if writes else []
     flatten = loaded.speed.attention == "flash_attention_2"
-    learning = _learning(config, data, tokenizer.pad_id(loaded.tokenizer), flatten=flatten)
+    learning = _learning(config, prepared, flatten=flatten)
+    processor_files = _processor_files(config, prepared)
     arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose(), fast=loaded.speed)
 
     def beside(place: Path) -> None:
         record.write(place, about)
         lora_start.write(place, loaded.model)
+        processor_files(place)
 
     interrupt = Interrupt()
-    talk = session.Talk(loaded.model, loaded.tokenizer, continues=config.task == "pretrain")
+    talk = session.Talk(loaded.model, loaded.tokenizer, continues=config.task == "pretrain", seer=prepared.words.seer)
     with console.progress("training", steps, "steps", start=step) as advance:
         status = Status()
         metrics = Metrics(work_dir / "metrics.jsonl", advance if writes else None, status.read, listeners)
@@ -315,14 +355,26 @@ class Learning:
     eval_rows: Any
 
 
-def _learning(config: schema.Config, data: Any, pad_id: int, *, flatten: bool) -> Learning:
-    """What is learned from; `flatten` lays a batch's rows into one, which flash attention needs to tell them apart."""
+def _collator(read: words.Words, *, packed: bool, flatten: bool = False) -> Any:
+    """What makes batches of samples; `flatten` lays rows into one, which flash attention needs to tell them apart."""
     from fastft.data.collate import Collator
+    from fastft.data.vision import VisionCollator
+
+    pad_id = tokenizer.pad_id(read.tokenizer)
+    if read.seer is not None:
+        return VisionCollator(read.seer, pad_id, packed=packed, flatten=flatten)
+    return Collator(pad_id, flatten=flatten)
+
+
+def _learning(config: schema.Config, prepared: Prepared, *, flatten: bool) -> Learning:
+    """What is learned from."""
     from fastft.data.preference_rows import RowCollator, Rows
     from fastft.training import trainer
 
+    data, pad_id = prepared.data, tokenizer.pad_id(prepared.words.tokenizer)
     if config.task in ("pretrain", "sft"):
-        return Learning(trainer.FastftTrainer, Collator(pad_id, flatten=flatten), data.train, data.eval)
+        collate = _collator(prepared.words, packed=data.report.packing, flatten=flatten)
+        return Learning(trainer.FastftTrainer, collate, data.train, data.eval)
     from fastft.training.preferences import PreferenceTrainer
 
     train, evaluation = (
@@ -388,17 +440,27 @@ def _disk_named(work_dir: Path) -> Iterator[None]:
 
 
 def _write_result(
-    artifact: Path, work_dir: Path, loaded: model_load.Loaded, about: dict[str, Any], weights: Any
+    config: schema.Config,
+    artifact: Path,
+    loaded: model_load.Loaded,
+    about: dict[str, Any],
+    weights: Any,
+    *,
+    processor_files: Callable[[Path], None],
 ) -> None:
     from fastft import publish
-    from fastft.training import record, trainer
+    from fastft.training import llava_result, record, trainer
 
     try:
         with publish.staged(artifact, force=True) as staging:
-            trainer.save_model(loaded.model, loaded.tokenizer, staging, weights)
-            lora_start.convert(staging, loaded.model)
+            if artifact.name == llava_result.NAME:
+                llava_result.write(config, loaded, staging, about, weights)
+            else:
+                trainer.save_model(loaded.model, loaded.tokenizer, staging, weights)
+                lora_start.convert(staging, loaded.model)
             record.write(staging, about)
-        record.write(work_dir, about)
+            processor_files(staging)
+        record.write(artifact.parent, about)
     except OSError as cause:
         if isinstance(cause, FileError):
             raise

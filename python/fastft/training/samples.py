@@ -78,13 +78,15 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]  # transformers is u
 
 def answer_all(talk: session.Talk, samples: schema.Samples) -> Sequence[str]:
     """One greedy answer per prompt; the model's mode and all random states are as before afterwards."""
+    images = [session.image(path) for path in samples.images]
     training = talk.model.training
     talk.model.eval()
     sampling = session.Sampling(max_new_tokens=samples.max_new_tokens, temperature=0.0)
     try:
         with device.same_random(talk.model.device):
             return [
-                session.answer(talk, session.question(prompt, samples.system), sampling) for prompt in samples.prompts
+                session.answer(talk, session.question(prompt, samples.system, images), sampling)
+                for prompt in samples.prompts
             ]
     finally:
         talk.model.train(training)

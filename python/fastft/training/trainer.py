@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from fastft import console
 from fastft.config import schema
 from fastft.errors import TrainingError
-from fastft.model import adapter, memory, speed
+from fastft.model import adapter, memory, speed, vision
 from fastft.training import checkpoint, deepspeed, groups, loss, sharding
 from fastft.training.batches import EpochBatches, EpochLoader
 from fastft.training.host_checkpoints import HostCheckpoints
@@ -91,7 +91,8 @@ def arguments(
         dataloader_pin_memory=on.type in {"cuda", "xpu"},
         remove_unused_columns=False,
         label_names=["labels"],
-        ddp_find_unused_parameters=False,
+        # A batch of text alone leaves a projector and a tower out.
+        ddp_find_unused_parameters=config.vision is not None and vision.trains_vision(config.vision.learn),
         deepspeed=deepspeed.settings(config) if config.distributed.deepspeed is not None else None,
     )
     if made.n_gpu > 1:
@@ -321,7 +322,7 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         return None
 
     def _fill(self, folder: Path, states: Sequence[Any], weights: Mapping[str, torch.Tensor] | None) -> None:
-        save_model(self.model, self.tokenizer, folder, weights)
+        save_model(self.model, self.tokenizer, folder, weights, own_names=True)
         self._save_scaler(str(folder))
         for rank, state in enumerate(states):
             torch.save(state, folder / state_name(rank, len(states)))
@@ -428,7 +429,14 @@ def names_in_files(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, to
     return named
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    *,
+    own_names: bool = False,
+) -> None:
     """Write an adapter or a whole model with its tokenizer and chat template into an existing folder.
 
     Args:
@@ -436,8 +444,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, t
         tokenizer: goes with it.
         folder: exists and is empty.
         weights: the state dict, if the model holds only a part of each weight; else None.
+        own_names: keep the names that weights have in the model, by which a resumed run finds them, where the hub's files
+            have others (LLaVA, Mixtral, ...).
     """
-    given = {} if weights is None else {"state_dict": dict(weights)}
+    given: dict[str, Any] = {} if weights is None else {"state_dict": dict(weights)}
     config = model.get_base_model().config if hasattr(model, "get_base_model") else model.config
     use_cache, config.use_cache = config.use_cache, True  # off in training only
     try:
@@ -445,7 +455,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, t
             # peft would otherwise ask the hub for the base's config, to see whether embeddings were resized.
             model.save_pretrained(folder, save_embedding_layers=False, **given)
         else:
-            model.save_pretrained(folder, **given)
+            model.save_pretrained(folder, save_original_format=not own_names, **given)
     finally:
         config.use_cache = use_cache
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card

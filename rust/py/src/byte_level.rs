@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use fastft_tokens::{Added, Pattern, Scan, Shape, Tokenizer};
+use fastft_tokens::{Added, Pattern, Scan, Shape, Tokenizer, Words};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
@@ -29,6 +29,19 @@ fn wrong(text: String) -> PyErr {
     PyValueError::new_err(text)
 }
 
+fn read_shapes(shapes: &[u8]) -> PyResult<Vec<Shape>> {
+    let (shapes, rest) = shapes.as_chunks::<SHAPE_BYTES>();
+    if !rest.is_empty() {
+        return Err(wrong(format!("shapes of {SHAPE_BYTES} bytes each, and {} bytes more", rest.len())));
+    }
+    let shapes = shapes.iter().map(|&[a, b, c, d, e, f]| Shape {
+        bytes: u16::from_le_bytes([a, b]),
+        lead: u16::from_le_bytes([c, d]),
+        trail: u16::from_le_bytes([e, f]),
+    });
+    Ok(shapes.collect())
+}
+
 #[pymethods]
 impl ByteLevel {
     #[new]
@@ -39,16 +52,14 @@ impl ByteLevel {
             "llama3" => Pattern::Llama3,
             other => return Err(wrong(format!("pattern {other}; there are gpt2, qwen2, llama3"))),
         };
-        let (shapes, rest) = shapes.as_chunks::<SHAPE_BYTES>();
-        if !rest.is_empty() {
-            return Err(wrong(format!("shapes of {SHAPE_BYTES} bytes each, and {} bytes more", rest.len())));
-        }
-        let shapes = shapes.iter().map(|&[a, b, c, d, e, f]| Shape {
-            bytes: u16::from_le_bytes([a, b]),
-            lead: u16::from_le_bytes([c, d]),
-            trail: u16::from_le_bytes([e, f]),
-        });
-        let tokenizer = Tokenizer::new(pattern, Added::new(first), Added::new(then), shapes.collect());
+        let tokenizer = Tokenizer::new(pattern, Added::new(first), Added::new(then), read_shapes(shapes)?);
+        Ok(Self { tokenizer: Mutex::new(tokenizer) })
+    }
+
+    #[staticmethod]
+    fn of_words(joiners: &str, prepends: bool, added: Vec<(String, u32)>, shapes: &[u8]) -> PyResult<Self> {
+        let words = Words { joiners: joiners.chars().collect(), prepends };
+        let tokenizer = Tokenizer::of_words(words, Added::new(added), read_shapes(shapes)?);
         Ok(Self { tokenizer: Mutex::new(tokenizer) })
     }
 

@@ -1,11 +1,12 @@
 //! Texts to tokens in two steps: what is known is looked up, what is not is asked for, then all is put together.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::thread;
 
 use crate::added::Added;
 use crate::classes::Classes;
-use crate::split::{Pattern, Stop, piece_end};
+use crate::split::{Pattern, Stop, Words, piece_end};
 
 /// Pieces whose tokens are remembered; a data set has some ten thousand different ones.
 const MOST_KNOWN: usize = 1 << 21;
@@ -13,6 +14,10 @@ const MOST_KNOWN: usize = 1 << 21;
 const LONGEST_KNOWN_BYTES: usize = 256;
 /// Set in an item that is the number of a piece to be asked for instead of a token.
 const ASKED: u32 = 1 << 31;
+/// An item that stands before the tokens of a piece with a blank put before it.
+const PREPENDED: u32 = u32::MAX;
+/// What the bytes of such a piece begin with, here and where they are asked for; no text has it.
+const PREPENDED_BYTE: u8 = 0xff;
 /// Bytes of text below which a second thread costs more than it brings.
 const LEAST_BYTES: usize = 1 << 16;
 
@@ -30,13 +35,20 @@ pub struct Shape {
 /// A tokenizer with what it has learned so far.
 #[derive(Debug)]
 pub struct Tokenizer {
-    pattern: Pattern,
+    cutting: Cutting,
     classes: Classes,
     /// Added tokens that are looked for first, and those looked for in what is left.
     added: [Added; 2],
     shapes: Vec<Shape>,
     known: HashMap<Box<[u8]>, (u32, u32)>,
     tokens: Vec<u32>,
+}
+
+/// How the text between added tokens is cut.
+#[derive(Debug)]
+enum Cutting {
+    Pattern(Pattern),
+    Words(Words),
 }
 
 /// What one look at some texts found; it holds no text any more.
@@ -69,8 +81,17 @@ impl Tokenizer {
     /// A tokenizer that knows nothing but its added tokens and the shape of every token, by id.
     #[must_use]
     pub fn new(pattern: Pattern, first: Added, then: Added, shapes: Vec<Shape>) -> Self {
-        let classes = Classes::default();
-        Self { pattern, classes, added: [first, then], shapes, known: HashMap::new(), tokens: Vec::new() }
+        Self::cut_by(Cutting::Pattern(pattern), [first, then], shapes)
+    }
+
+    /// The same for a tokenizer of `SentencePiece`'s kind, whose added tokens are all looked for first.
+    #[must_use]
+    pub fn of_words(words: Words, added: Added, shapes: Vec<Shape>) -> Self {
+        Self::cut_by(Cutting::Words(words), [added, Added::default()], shapes)
+    }
+
+    fn cut_by(cutting: Cutting, added: [Added; 2], shapes: Vec<Shape>) -> Self {
+        Self { cutting, classes: Classes::default(), added, shapes, known: HashMap::new(), tokens: Vec::new() }
     }
 
     /// Learns the classes of a block of characters, see [`Classes::learn`].
@@ -116,17 +137,20 @@ impl Tokenizer {
 
     fn scan_part(&self, texts: &[&str], spans: &[Vec<(usize, usize)>]) -> Result<Scan, String> {
         let mut scan = Scan::default();
-        let mut numbers: HashMap<&[u8], u32> = HashMap::new();
+        let mut numbers: HashMap<Cow<[u8]>, u32> = HashMap::new();
         for (index, (text, spans)) in texts.iter().zip(spans).enumerate() {
             scan.borders.push(borders(text, spans)?);
             let mut items = Vec::with_capacity(text.len() / 3);
             let cut = self.cut(text, 0, &mut |item| match item {
                 Item::Token(id) => items.push(id),
                 Item::Piece(piece) => {
-                    if let Some(&(start, end)) = self.known.get(piece) {
+                    if piece.first() == Some(&PREPENDED_BYTE) {
+                        items.push(PREPENDED);
+                    }
+                    if let Some(&(start, end)) = self.known.get(&*piece) {
                         items.extend_from_slice(&self.tokens[start as usize..end as usize]);
                     } else {
-                        let next = u32::try_from(numbers.len()).unwrap_or(ASKED - 1);
+                        let next = u32::try_from(numbers.len()).unwrap_or(ASKED - 2);
                         items.push(ASKED | *numbers.entry(piece).or_insert(next));
                     }
                 }
@@ -136,16 +160,16 @@ impl Tokenizer {
                 Err(Stop::Block(block)) => {
                     scan.blocks.insert(block);
                 }
-                Err(Stop::LongS) => {
+                Err(Stop::LongS | Stop::Blank) => {
                     scan.refused.push(index);
                     items.clear();
                 }
             }
             scan.texts.push(items);
         }
-        let mut asked: Vec<(&[u8], u32)> = numbers.into_iter().collect();
+        let mut asked: Vec<(Cow<[u8]>, u32)> = numbers.into_iter().collect();
         asked.sort_unstable_by_key(|&(_, number)| number);
-        scan.asked = asked.into_iter().map(|(piece, _)| piece.into()).collect();
+        scan.asked = asked.into_iter().map(|(piece, _)| piece.into_owned().into_boxed_slice()).collect();
         Ok(scan)
     }
 
@@ -154,8 +178,12 @@ impl Tokenizer {
         let Some(added) = self.added.get(stage) else {
             let mut start = 0;
             while start < text.len() {
-                let end = piece_end(self.pattern, &self.classes, text, start)?;
-                take(Item::Piece(&text.as_bytes()[start..end]));
+                let (end, prepended) = match &self.cutting {
+                    Cutting::Pattern(pattern) => (piece_end(*pattern, &self.classes, text, start)?, false),
+                    Cutting::Words(words) => (words.piece_end(text, start)?, words.prepends && start == 0),
+                };
+                let piece = &text.as_bytes()[start..end];
+                take(Item::Piece(if prepended { [&[PREPENDED_BYTE], piece].concat().into() } else { piece.into() }));
                 start = end;
             }
             return Ok(());
@@ -186,8 +214,11 @@ impl Tokenizer {
         let mut encoded = Encoded::default();
         for (items, borders) in scan.texts.iter().zip(&scan.borders) {
             let start = encoded.ids.len();
+            let mut prepended = Vec::new();
             for &item in items {
-                if item & ASKED == 0 {
+                if item == PREPENDED {
+                    prepended.push(encoded.ids.len() - start);
+                } else if item & ASKED == 0 {
                     encoded.ids.push(item);
                 } else {
                     encoded.ids.extend_from_slice(&answers[(item & !ASKED) as usize]);
@@ -195,7 +226,7 @@ impl Tokenizer {
             }
             let ids = &encoded.ids[start..];
             encoded.lengths.push(ids.len() as u64);
-            self.mark(ids, borders, &mut encoded.learned)?;
+            self.mark(ids, &prepended, borders, &mut encoded.learned)?;
         }
         for (piece, tokens) in scan.asked.iter().zip(answers) {
             if self.known.len() < MOST_KNOWN && piece.len() <= LONGEST_KNOWN_BYTES {
@@ -213,15 +244,20 @@ impl Tokenizer {
     ///
     /// A border lies before the first token with text behind it, or after that token if it has text before it too: a
     /// token across a border belongs to the side on which it starts. White space at its ends is no text of a token.
-    fn mark(&self, ids: &[u32], borders: &[usize], learned: &mut Vec<u8>) -> Result<(), String> {
+    /// `prepended`: numbers of the tokens with a blank that the text does not have; one that is nothing else lies on the
+    /// character behind it.
+    fn mark(&self, ids: &[u32], prepended: &[usize], borders: &[usize], learned: &mut Vec<u8>) -> Result<(), String> {
         let mut open = false;
         let mut place = 0;
         let mut next = 0;
-        for &id in ids {
+        let mut prepended = prepended.iter().peekable();
+        for (number, &id) in ids.iter().enumerate() {
             let shape = self.shapes.get(id as usize).ok_or_else(|| format!("token {id} has no shape"))?;
-            let bytes = usize::from(shape.bytes);
+            let is_prepended = prepended.next_if(|&&place| place == number).is_some();
+            let bytes = usize::from(shape.bytes).saturating_sub(usize::from(is_prepended));
             let start = place + usize::from(shape.lead).min(bytes);
-            let end = (place + bytes).saturating_sub(usize::from(shape.trail)).max(start);
+            let seen = if is_prepended { bytes.max(1) } else { bytes };
+            let end = (place + seen).saturating_sub(usize::from(shape.trail)).max(start);
             // Borders before this token open or close it; those inside it do so for the next one.
             let mut inside = 0;
             while end > start && next < borders.len() && borders[next] < end {
@@ -244,7 +280,7 @@ impl Tokenizer {
 
 enum Item<'a> {
     Token(u32),
-    Piece(&'a [u8]),
+    Piece(Cow<'a, [u8]>),
 }
 
 impl Scan {
@@ -253,7 +289,7 @@ impl Scan {
         let before = self.texts.len();
         let mut renumbered = Vec::with_capacity(part.asked.len());
         for piece in part.asked {
-            let next = u32::try_from(self.asked.len()).ok().filter(|&number| number < ASKED);
+            let next = u32::try_from(self.asked.len()).ok().filter(|&number| number < ASKED - 1);
             let next = next.ok_or("too many different pieces in one call")?;
             let number = *numbers.entry(piece.clone()).or_insert(next);
             if number == next {
@@ -263,7 +299,7 @@ impl Scan {
         }
         for mut items in part.texts {
             for item in &mut items {
-                if *item & ASKED != 0 {
+                if *item & ASKED != 0 && *item != PREPENDED {
                     *item = ASKED | renumbered[(*item & !ASKED) as usize];
                 }
             }
@@ -354,6 +390,42 @@ mod tests {
         assert_eq!(marks(&mut tokenizer, vec![(1, 2)]), [0, 0, 0]);
         assert_eq!(marks(&mut tokenizer, vec![(0, 3), (3, 5)]), [1, 1, 1]);
         assert_eq!(marks(&mut tokenizer, vec![(3, 3), (4, 5)]), [0, 0, 1]);
+    }
+
+    /// One token per byte of text, as `SentencePiece`'s words: a blank is token 32, one put before a text is token 32, too.
+    #[test]
+    fn words_are_cut_before_blanks() {
+        use crate::split::Words;
+        let words = |joiners: &str, prepends| {
+            let words = Words { joiners: joiners.chars().collect(), prepends };
+            let shapes = vec![Shape { bytes: 1, lead: 0, trail: 0 }; 256];
+            Tokenizer::of_words(words, Added::new(vec![("<s>".into(), 1)]), shapes)
+        };
+        let pieces = |tokenizer: &Tokenizer, text: &str| {
+            let scan = tokenizer.scan(&[text], &[vec![]], 1).unwrap();
+            scan.asked.iter().map(|piece| String::from_utf8_lossy(piece).replace('\u{fffd}', "^")).collect::<Vec<_>>()
+        };
+        assert_eq!(pieces(&words("", false), "a bc  d "), ["a", " bc", "  d", " "]);
+        assert_eq!(pieces(&words("\nc", false), "a\n bc  d"), ["a\n bc  d"]);
+        assert_eq!(pieces(&words("", true), "a b<s> a<s>a"), ["^a", " b", "^ a"]);
+        assert_eq!(words("", true).scan(&["a", "\u{2581}"], &[vec![], vec![]], 1).unwrap().refused, [1]);
+    }
+
+    #[test]
+    fn a_blank_that_is_put_before_a_text_has_no_place_in_it() {
+        use crate::split::Words;
+        let words = Words { joiners: Vec::new(), prepends: true };
+        let shapes = vec![Shape { bytes: 1, lead: 0, trail: 0 }; 256];
+        let mut tokenizer = Tokenizer::of_words(words, Added::default(), shapes);
+        for spans in [vec![(0, 1)], vec![(1, 2)], vec![(0, 2)]] {
+            let scan = tokenizer.scan(&["ab"], std::slice::from_ref(&spans), 1).unwrap();
+            // Known from the second time on.
+            let answers = scan.asked.iter().map(|_| vec![32, 97, 98]).collect::<Vec<_>>();
+            let encoded = tokenizer.finish(&scan, &answers).unwrap();
+            assert_eq!(encoded.ids, [32, 97, 98]);
+            let (first, second) = (u8::from(spans[0].0 == 0), u8::from(spans[0].1 == 2));
+            assert_eq!(encoded.learned, [first, first, second]);
+        }
     }
 
     #[test]

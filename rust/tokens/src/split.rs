@@ -17,9 +17,44 @@ pub enum Pattern {
     Llama3,
 }
 
+/// The sign by which `SentencePiece` writes a blank.
+const BLANK: char = '\u{2581}';
+
+/// How a tokenizer of `SentencePiece`'s kind is cut, which merges a whole text: before a blank that no token can have
+/// behind the character in front of it. No merge reaches over such a place, so each side is merged as it would be alone.
+#[derive(Debug, Clone, Default)]
+pub struct Words {
+    /// Characters that stand before a blank inside some token.
+    pub joiners: Vec<char>,
+    /// Whether a blank is put before each text between added tokens.
+    pub prepends: bool,
+}
+
+impl Words {
+    /// The end of the piece that starts at byte `start` of `text`, which is not its end.
+    ///
+    /// # Errors
+    /// [`Stop::Blank`].
+    pub fn piece_end(&self, text: &str, start: usize) -> Result<usize, Stop> {
+        let mut before = BLANK;
+        for (place, character) in text[start..].char_indices() {
+            if character == BLANK {
+                return Err(Stop::Blank);
+            }
+            if character == ' ' && before != BLANK && !self.joiners.contains(&before) {
+                return Ok(start + place);
+            }
+            before = if character == ' ' { BLANK } else { character };
+        }
+        Ok(text.len())
+    }
+}
+
 /// Why a text is not cut here.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Stop {
+    /// The sign of a blank stands in the text itself, where it is another length than a blank.
+    Blank,
     /// A block of characters is not known yet.
     Block(usize),
     /// A long s after an apostrophe, which some engines take for an s when case does not matter.

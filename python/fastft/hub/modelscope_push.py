@@ -1,0 +1,80 @@
+"""An upload to ModelScope through its client `modelscope_hub`; afterwards the hub is asked what it has."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastft import console
+from fastft.config.mask import masked
+from fastft.errors import FileError, HubError
+from fastft.hub import modelscope, quiet
+
+if TYPE_CHECKING:
+    from fastft.hub.push import Upload
+
+
+def send(upload: "Upload", repository: str, *, private: bool, revision: str | None, message: str) -> str:
+    """Make the repository if it is not there, send the files, and compare the hub's list with them.
+
+    Returns:
+        The address of the model.
+
+    Raises:
+        HubError: in one line, what is wrong and what to do.
+    """
+    what = f"upload {repository}"
+    hub = modelscope.client(what)
+    if quiet.is_offline():
+        raise HubError(f"{what}: FASTFT_OFFLINE is set; unset it to upload.")
+    endpoint = (os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn").rstrip("/")
+    console.note(f"sending {len(upload.items)} files to {masked(endpoint)}/models/{repository}")
+    with quiet.spoken_for(), tempfile.TemporaryDirectory(prefix="fastft-upload-") as scratch:
+        folder = Path(scratch) / "files"
+        _lay_out(upload, folder)
+        try:
+            _make(hub, repository, private=private)
+            hub.upload_folder(
+                repository,
+                "model",
+                folder,
+                commit_message=message,
+                revision=revision,
+                use_cache=False,
+                tracker_path=Path(scratch) / "tracker",
+                disable_tqdm=True,
+            )
+            there = {file.path: file.size for file in hub.list_repo_files(repository, "model", revision=revision)}
+        except Exception as error:  # requests', urllib3's and its own classes, by release
+            raise HubError(modelscope.reason(what, revision, error)) from error
+    for item in upload.items:
+        if there.get(item.name) != item.num_bytes:
+            came = "is not there" if item.name not in there else f"has {there[item.name]} bytes there"
+            raise HubError(f"{what}: {item.name} of {item.num_bytes} bytes {came}; upload it again")
+    return f"{masked(endpoint)}/models/{repository}"
+
+
+def _make(hub: Any, repository: str, *, private: bool) -> None:
+    from modelscope_hub import Visibility
+    from modelscope_hub.errors import AlreadyExistsError
+
+    if hub.repo_exists(repository, "model"):
+        return
+    try:
+        hub.create_repo(repository, "model", visibility=Visibility.PRIVATE if private else Visibility.PUBLIC)
+    except AlreadyExistsError:
+        console.note(f"{repository} is there already")
+
+
+def _lay_out(upload: "Upload", folder: Path) -> None:
+    """The files as the client wants them, in one folder: links to those here, and the few that differ."""
+    for item in upload.items:
+        target = folder / item.name
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(item.source, bytes):
+                target.write_bytes(item.source)
+            else:
+                target.symlink_to(item.source.resolve())
+        except OSError as error:
+            raise FileError(f"upload: {target} cannot be written: {error.strerror}") from error
