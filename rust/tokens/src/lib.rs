@@ -6,8 +6,7 @@
 //! the tokenizer itself (through Python), as do the classes of characters, whatever Unicode version it knows.
 //!
 //! Tokenizers of `SentencePiece`'s kind (Llama 2, Mistral, `InternLM`) merge a whole text. It is cut where none of their
-//! merges
-//! can reach over, see [`Words`]; the rest is the same.
+//! merges can reach over, see [`Words`]; the rest is the same.
 //!
 //! Numbers in, numbers out: no files, no Python, no unsafe code.
 #![forbid(unsafe_code)]
