@@ -373,6 +373,8 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
             return
         own = self._own_state(Path(checkpoint))
         try:
+            if not math.isfinite(own["loss_sum"]):
+                raise ValueError("the sum of the losses is not finite")  # noqa: TRY301 - told as the others are
             self._tr_loss = torch.tensor(float(own["loss_sum"]), device=self.args.device)
             self._globalstep_last_logged: int = int(own["logged"])
             random.setstate(own["python"])
@@ -437,9 +439,15 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         else:
             self.optimizer.load_state_dict(found)
         scheduler = state.read(folder, "scheduler")
-        self.lr_scheduler.load_state_dict(
-            state.fitting(scheduler, self.lr_scheduler.state_dict(), ("last_epoch",), f"--resume {folder}: the schedule")
-        )
+        wanted = self.lr_scheduler.state_dict()
+        fitting = state.fitting(scheduler, wanted, ("last_epoch",), f"--resume {folder}: the schedule")
+        # Fewer than the steps where a loss scaler left some out.
+        if not 0 <= fitting["last_epoch"] <= self.state.global_step:
+            raise TrainingError(
+                f"--resume {folder}: the schedule's last_epoch is {fitting['last_epoch']}; the checkpoint is of step "
+                f"{self.state.global_step}"
+            )
+        self.lr_scheduler.load_state_dict(fitting)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
