@@ -335,7 +335,9 @@ def _changed_tensors(place: Place, name: str, word: str, change: Callable[[Any],
     arrays = load_file(place / f"{CHECKPOINT}/{name}")
     first = next(key for key in sorted(arrays) if word in key)
     changed_array = change(arrays.pop(first))
-    _spoiled(place, name, save(arrays if changed_array is None else {**arrays, first: np.ascontiguousarray(changed_array)}))
+    _spoiled(
+        place, name, save(arrays if changed_array is None else {**arrays, first: np.ascontiguousarray(changed_array)})
+    )
 
 
 def resume_cases() -> list[Case]:
@@ -407,8 +409,15 @@ def resume_cases() -> list[Case]:
         ]
     cases += [
         one("old_payload", _old_payload, "checkpoint-2"),
-        one("pickled_weights", lambda p: _spoiled(p, "pytorch_model.bin", payload_archive(p.payload)), "checkpoint-2", "pickle"),
-        one("progress_pipe", lambda p: p.pipe(f"{CHECKPOINT}/trainer_state.json"), "checkpoint-2", "trainer_state.json"),
+        one(
+            "pickled_weights",
+            lambda p: _spoiled(p, "pytorch_model.bin", payload_archive(p.payload)),
+            "checkpoint-2",
+            "pickle",
+        ),
+        one(
+            "progress_pipe", lambda p: p.pipe(f"{CHECKPOINT}/trainer_state.json"), "checkpoint-2", "trainer_state.json"
+        ),
         one("progress_step", progress(global_step=1), "trainer_state.json", "step"),
         one("progress_interval", progress(logging_steps=0), "trainer_state.json", "logging_steps"),
         one("progress_epoch", progress(epoch="x"), "trainer_state.json", "epoch"),
@@ -428,7 +437,11 @@ def resume_cases() -> list[Case]:
         one("tree_tensor_unknown", tree(lambda t: t["processes"][0].update(cpu={"$tensor": "no"})), TREE, "'no'"),
         one("tree_tensor_number", tree(lambda t: t["processes"][0].update(cpu=5)), "random numbers"),
         one("tree_order", tree(lambda t: t["processes"][0]["cpu"].update(order=[5])), TREE, "order"),
-        one("tree_python_short", tree(lambda t: t["processes"][0].update(python={"$tuple": [3, 4, None]})), "random numbers"),
+        one(
+            "tree_python_short",
+            tree(lambda t: t["processes"][0].update(python={"$tuple": [3, 4, None]})),
+            "random numbers",
+        ),
         one("tree_numpy_text", tree(lambda t: t["processes"][0].update(numpy="x")), "random numbers"),
         one("tree_loss_nan", tree(lambda t: t["processes"][0].update(loss_sum={"$float": "nan"})), "loss"),
         one("tensors_pipe", lambda p: p.pipe(f"{CHECKPOINT}/{TENSORS}"), "checkpoint-2", TENSORS),

@@ -160,8 +160,7 @@ def test_a_sharded_run_leaves_the_files_of_a_run_that_is_not(
             assert (value.shape, value.dtype) == (ours[name].shape, ours[name].dtype)
             assert torch.allclose(ours[name], value, rtol=1e-2, atol=1e-3), name
     expected_states, states = (
-        state.read(f / "checkpoint-4", "optimizer")["state"]
-        for f in (one[kind].run_dir, ran / f"fsdp-{kind}")
+        state.read(f / "checkpoint-4", "optimizer")["state"] for f in (one[kind].run_dir, ran / f"fsdp-{kind}")
     )
     assert expected_states.keys() == states.keys()
     for key, values in expected_states.items():
@@ -186,9 +185,7 @@ def test_resumed_is_bit_for_bit_the_same(kind: str, fsdp: bool, ran: Path) -> No
     assert (epochs[2] + epochs[4]) / 2 % 1 != 0
     assert epochs[6] > 1
     for number in (5, 6):
-        states = [
-            state.read(f / f"checkpoint-{number}", "optimizer")["state"] for f in (unbroken, broken)
-        ]
+        states = [state.read(f / f"checkpoint-{number}", "optimizer")["state"] for f in (unbroken, broken)]
         for key, values in states[0].items():
             _same_bits(values, states[1][key])
 

@@ -131,7 +131,7 @@ def test_training_and_chat_are_those_of_the_safetensors(num_shards: int, plain: 
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_a_payload_is_refused_and_not_run(num_shards: int, plain: Path, tmp_path: Path, cache: Path) -> None:
     folder = pickled(plain, tmp_path / "old", num_shards)
-    file = sorted(folder.glob("*.bin"))[-1]
+    file = max(folder.glob("*.bin"))
     torch.save({"model.norm.weight": torch.ones(2), "x": Evil(tmp_path / "payload")}, file)
     data = tiny_run.write_dialogues(tmp_path / "rows.jsonl", 6)
     config = tiny_run.config(folder, data)

@@ -64,9 +64,7 @@ def test_the_source_holds_only_what_is_allowed() -> None:
     files = sorted(SOURCE.rglob("*.py"))
     assert len(files) > 100
     found = {
-        (str(path.relative_to(SOURCE)), name)
-        for path in files
-        for name in suspicious(path.read_text(encoding="utf-8"))
+        (str(path.relative_to(SOURCE)), name) for path in files for name in suspicious(path.read_text(encoding="utf-8"))
     }
     assert found == set(ALLOWED)
 

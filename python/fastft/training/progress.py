@@ -46,7 +46,9 @@ def _what_is_wrong(key: str, value: Any) -> str | None:
     if key in _COUNTS:
         return None if type(value) is int and value >= 0 else f"is {_short(value)}; a count is expected"
     if key in _INTERVALS:
-        return None if type(value) in (int, float) and value > 0 else f"is {_short(value)}; a count of steps is expected"
+        return (
+            None if type(value) in (int, float) and value > 0 else f"is {_short(value)}; a count of steps is expected"
+        )
     if key in _LISTS:
         kind = _LISTS[key]
         return None if isinstance(value, kind) else f"is {_short(value)}; a {kind.__name__} is expected"

@@ -49,15 +49,17 @@ def choose(run_dir: Path, wanted: str) -> Checkpoint | None:
         if found.fault is not None:
             raise TrainingError(f"--resume {wanted}: this is no whole checkpoint: {found.fault}")
         return found
-    all_found = checkpoint.find(run_dir)
-    for seen in all_found:
+    newest = None
+    for seen in checkpoint.find(run_dir):
         found = _read_through(seen.path)
         if found.fault is None:
             return found
         console.warn(f"{found.path.name} is skipped: {found.fault}")
-    if all_found:
+        newest = newest or found
+    if newest is not None:
         raise TrainingError(
-            f"--resume auto: no checkpoint in {run_dir} is whole; start anew with another --work-dir, or remove the folder"
+            f"--resume auto: no checkpoint in {run_dir} is whole (the newest, {newest.path.name}: {newest.fault}); start "
+            "anew with another --work-dir, or remove the folder"
         )
     console.note(f"--resume auto: no checkpoint in {run_dir} yet, the run starts at the beginning")
     return None
@@ -70,7 +72,7 @@ def _read_through(path: Path) -> Checkpoint:
         return found
     try:
         progress.read(path / progress.FILE_NAME, found.step)
-        state.check(path)
+        state.check(path, found.step, found.record.get("data", {}).get("processes"))
         _check_weights(path)
     except (CheckpointError, FileError) as cause:
         return replace(found, fault=str(cause).removeprefix(f"{path}/"))

@@ -96,19 +96,64 @@ def read(folder: Path, part: str) -> Any:
     return _decoded(found[part], sources, str(folder / TREE), _Tensors())
 
 
-def check(folder: Path) -> None:
-    """See that the states of a checkpoint can be read; only names and headers, no tensor is read.
+def check(folder: Path, step: int, processes: int | None = None) -> None:
+    """See that the states of a checkpoint can be read and are states; no tensor is read, and torch is not imported.
+
+    Args:
+        folder: the checkpoint.
+        step: optimizer steps that were done.
+        processes: that trained, as the manifest says.
 
     Raises:
         CheckpointError, FileError: as for `read`.
     """
+    where = str(folder) if is_old(folder) else str(folder / TREE)
     if is_old(folder):
-        for part in _PARTS:
-            _old_tree(folder, part)
-        return
-    found, sources = _tree(folder)
-    for part in _PARTS:
-        _decoded(found.get(part), sources, str(folder / TREE), lambda source: source)
+        found = {part: [value for _, value in _old_tree(folder, part)] for part in _PARTS}
+        parts = {part: values if part == "processes" else next(iter(values), None) for part, values in found.items()}
+    else:
+        tree, sources = _tree(folder)
+        parts = {part: _decoded(tree.get(part), sources, where, lambda source: source) for part in _PARTS}
+    if processes is not None and len(parts["processes"]) != processes:
+        raise CheckpointError(f"{where}: holds the states of {len(parts['processes'])} processes, not of {processes}")
+    for number, own in enumerate(parts["processes"]):
+        _check_process(own, f"{where}: the random numbers of process {number}")
+    if parts["optimizer"] is None and parts["scheduler"] is None and any(folder.glob("global_step*")):
+        return  # DeepSpeed keeps both
+    if not isinstance(parts["scheduler"], dict) or type(parts["scheduler"].get("last_epoch")) is not int:
+        raise CheckpointError(f"{where}: the schedule has no last_epoch")
+    # Fewer than the steps where a loss scaler left some out.
+    if not 0 <= parts["scheduler"]["last_epoch"] <= step:
+        raise CheckpointError(
+            f"{where}: the schedule's last_epoch is {parts['scheduler']['last_epoch']}; the checkpoint is of step {step}"
+        )
+    groups = parts["optimizer"].get("param_groups") if isinstance(parts["optimizer"], dict) else None
+    if not isinstance(groups, list) or not groups:
+        raise CheckpointError(f"{where}: the optimizer has no groups of weights")
+    for group in groups:
+        rate = group.get("lr") if isinstance(group, dict) else None
+        if type(rate) not in (int, float) or not math.isfinite(rate):
+            raise CheckpointError(f"{where}: an lr of the optimizer is {_short(rate)}; a number is expected")
+
+
+def _check_process(own: Any, where: str) -> None:
+    """See that a process's random numbers can be set."""
+    import random
+
+    import numpy as np
+
+    try:
+        random.Random().setstate(own["python"])  # noqa: S311 - nothing secret is drawn
+        np.random.RandomState().set_state(own["numpy"])
+        words = [own[name] for name in ("cpu", "device") if name == "cpu" or name in own]
+        if not all(isinstance(word, Source) and word.dtype == "U8" and len(word.shape) == 1 for word in words):
+            raise CheckpointError(f"{where}: torch's are no bytes")
+        if not math.isfinite(own["loss_sum"]) or type(own["logged"]) is not int:
+            raise CheckpointError(f"{where}: the sum of the losses beside them is {_short(own['loss_sum'])}")
+    except (LookupError, TypeError, ValueError, OverflowError) as cause:
+        if isinstance(cause, CheckpointError):
+            raise
+        raise CheckpointError(f"{where} cannot be set: {type(cause).__name__}: {cause}") from cause
 
 
 def _tree(folder: Path) -> tuple[dict[str, Any], dict[str, Source]]:
@@ -287,8 +332,11 @@ def check_like(found: Any, pattern: Any, where: str) -> None:
         CheckpointError: it is not; `where` is named.
     """
     if isinstance(pattern, dict):
-        if not isinstance(found, dict) or found.keys() != pattern.keys():
-            raise CheckpointError(f"{where}: holds {_short(found)} instead of {_short(pattern)}")
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{where}: is {_short(found)}; an object is expected")
+        if found.keys() != pattern.keys():
+            others = sorted(map(str, found.keys() ^ pattern.keys()))
+            raise CheckpointError(f"{where}: {_short(others[0])} is there and not here, or the other way round")
         for key, value in pattern.items():
             check_like(found[key], value, f"{where}, {key}")
         return

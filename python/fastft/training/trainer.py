@@ -373,8 +373,6 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
             return
         own = self._own_state(Path(checkpoint))
         try:
-            if not math.isfinite(own["loss_sum"]):
-                raise ValueError("the sum of the losses is not finite")  # noqa: TRY301 - told as the others are
             self._tr_loss = torch.tensor(float(own["loss_sum"]), device=self.args.device)
             self._globalstep_last_logged: int = int(own["logged"])
             random.setstate(own["python"])
@@ -423,9 +421,7 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
                 raise TrainingError(f"--resume {folder}: the weight {name} holds a number that is not finite")
 
     def _load_shared_weights(self, folder: Path) -> None:
-        lacks, unknown = sharding.load_weights(
-            self.model, folder, lambda weights: names_in_files(self.model, weights)
-        )
+        lacks, unknown = sharding.load_weights(self.model, folder, lambda weights: names_in_files(self.model, weights))
         self._issue_warnings_after_load(SimpleNamespace(missing_keys=lacks, unexpected_keys=unknown))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -439,15 +435,11 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         else:
             self.optimizer.load_state_dict(found)
         scheduler = state.read(folder, "scheduler")
-        wanted = self.lr_scheduler.state_dict()
-        fitting = state.fitting(scheduler, wanted, ("last_epoch",), f"--resume {folder}: the schedule")
-        # Fewer than the steps where a loss scaler left some out.
-        if not 0 <= fitting["last_epoch"] <= self.state.global_step:
-            raise TrainingError(
-                f"--resume {folder}: the schedule's last_epoch is {fitting['last_epoch']}; the checkpoint is of step "
-                f"{self.state.global_step}"
+        self.lr_scheduler.load_state_dict(
+            state.fitting(
+                scheduler, self.lr_scheduler.state_dict(), ("last_epoch",), f"--resume {folder}: the schedule"
             )
-        self.lr_scheduler.load_state_dict(fitting)
+        )
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -497,7 +489,8 @@ def check_adapter(model: Any, folder: Path) -> None:
 
     found = {name: tuple(source.shape) for name, source in read_safetensors(folder / ADAPTER_WEIGHTS).items()}
     wanted = {
-        name: tuple(value.shape) for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        name: tuple(value.shape)
+        for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
