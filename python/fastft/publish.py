@@ -91,7 +91,7 @@ def staged(target: Path, *, force: bool = False, num_bytes: int = 0) -> Iterator
             in_use = _marked_in_use(staging)
             with stop.allowed():
                 yield staging
-                _sync_tree(staging)
+                flush(staging)
             _put_in_place(staging, target, force=force)
         except OSError as error:
             if (clear := _told(error, staging, target, num_bytes)) is error:
@@ -285,6 +285,20 @@ def remove_leftovers(folder: Path) -> None:
                 _clean_up(folder / name)
 
 
+def flush(folder: Path) -> None:
+    """Have the disk take every file of a folder, and the folders.
+
+    Raises:
+        OSError: it refuses.
+    """
+    for place, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            path = Path(place, name)
+            if not path.is_symlink():
+                _sync(path)
+        _sync(Path(place))
+
+
 def _absolute(path: Path) -> Path:
     """Absolute, with links in the folders above resolved but not in the last name, which must be seen as a link."""
     path = Path(os.path.abspath(path))  # noqa: PTH100  Path.resolve would follow the last link
@@ -442,15 +456,6 @@ def _is_in_use(staging: Path) -> bool:
     finally:
         os.close(opened)
     return False
-
-
-def _sync_tree(folder: Path) -> None:
-    for place, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            path = Path(place, name)
-            if not path.is_symlink():
-                _sync(path)
-        _sync(Path(place))
 
 
 def _sync(path: Path) -> None:
