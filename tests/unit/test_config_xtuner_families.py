@@ -238,9 +238,9 @@ def test_prompt_templates_map_by_name(read, name):
 
 
 def test_a_prompt_template_that_we_do_not_carry_is_said(read):
-    loaded = read(config(rows(template="PROMPT_TEMPLATE.baichuan_chat")))
+    loaded = read(config(rows(template="PROMPT_TEMPLATE.openassistant")))  # of XTuner 0.1.0
     assert loaded.config.model.chat_template is None
-    assert any(note.startswith("template baichuan_chat: the tokenizer's own") for note in loaded.notes)
+    assert any(note.startswith("template openassistant: the tokenizer's own") for note in loaded.notes)
     own = read(config(rows(template="dict(INSTRUCTION='[{input}]')")))
     assert any(note.startswith("template_map_fn.template: a form of its own") for note in own.notes)
 
