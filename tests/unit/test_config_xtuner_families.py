@@ -245,6 +245,53 @@ def test_a_prompt_template_that_we_do_not_carry_is_said(read):
     assert any(note.startswith("template_map_fn.template: a form of its own") for note in own.notes)
 
 
+def measured(data, evaluator="dict(type='xtuner.evaluation.MMLUMetric', tokenizer=tokenizer, prefix='mmlu')"):
+    loader = f"val_dataloader = dict(batch_size=1, num_workers=0, dataset={data}, sampler=dict(type=DefaultSampler, shuffle=False))"
+    return (
+        f"{loader}\nval_cfg = dict(type='ValLoop')\nval_evaluator = {evaluator}\ntest_dataloader = dict(dataset={data})"
+    )
+
+
+FILES = "dict(type=load_dataset, path='json', data_files=dict(val='five_shot_val.json', test='five_shot_test.json'))"
+
+
+def test_the_data_of_val_dataloader_is_measured_on(read):
+    """As XTuner's one recipe with such data has it: iterations between two measurements, the part of the rows outside."""
+    val = rows(FILES, "map_fns.default_map_fn", more="split='val', input_ids_with_output=False")
+    text = config(rows(), more=measured(val)).replace("max_epochs=2)", "max_epochs=2, val_interval=500)")
+    loaded = read(text)
+    (source,) = loaded.config.data.eval
+    assert (source.source, source.format, source.columns.user) == ("five_shot_val.json", "columns", "{input}")
+    assert loaded.config.train.eval_steps == 125
+    notes = [note for note in loaded.notes if "trust_remote_code" not in note]
+    assert notes == [
+        "test_dataloader: no counterpart; data.eval is measured on, from val_dataloader",
+        "val_evaluator MMLUMetric: no counterpart; on data.eval the loss is measured",
+    ]
+
+
+def test_a_split_of_a_hubs_data_set_is_measured_on(read):
+    hub = "dict(type=load_dataset, path='acme/rows')"
+    test, dev = rows(hub, more="split='test'"), rows("dict(type=load_dataset, path='acme/rows', split='dev')")
+    joined = f"dict(type=ConcatDataset, datasets=[{test}, {dev}])"
+    loaded = read(config(rows(), more=measured(joined, "None")))
+    assert [(source.source, source.split) for source in loaded.config.data.eval] == [
+        ("acme/rows", "test"),
+        ("acme/rows", "dev"),
+    ]
+    assert loaded.config.train.eval_steps == 250  # mmengine's 1000 iterations
+    assert loaded.config.data.train[0].split == "train"
+
+
+def test_data_to_measure_on_that_is_not_read_is_said(read):
+    loaded = read(config(rows(), more=measured("dict(type='xtuner.dataset.MOSSSFTDataset')", "None")))
+    assert (loaded.config.data.eval, loaded.config.train.eval_steps) == ((), None)
+    assert any(
+        note.startswith("val_dataloader.dataset: data sets of MOSSSFTDataset are not read") for note in loaded.notes
+    )
+    assert read(config(rows(), more="val_dataloader = None\nval_cfg = None")).config.data.eval == ()
+
+
 def test_system_texts_are_our_own(read):
     for name, part in SYSTEMS.items():
         hook = f"dict(type=EvaluateChatHook, evaluation_inputs=['Hi'], system=SYSTEM_TEMPLATE.{name})"
@@ -333,7 +380,7 @@ def test_internvl_is_one_model(read):
         (config("dict(type='xtuner.dataset.build_packed_dataset', packed_length=8)"), "InternLM's own files"),
         (config("dict(type='xtuner.dataset.refcoco_json.RefCOCOJsonDataset')"), "boxes of RefCOCO are not built"),
         (config(rows("dict(type='datasets.load_from_disk', dataset_path='x')")), "save the rows as jsonl or parquet"),
-        (config(rows("dict(type=load_jsonl_dataset)")), "data_files: the names of the training files are missing"),
+        (config(rows("dict(type=load_jsonl_dataset)")), "data_files: the names of the train files are missing"),
         (config("None"), "train_dataloader.dataset: the data set is missing"),
         (config(rows(), llm="load_in_8bit=True"), "8-bit bases are not built; use 4 bit"),
         (config(pairs("dict(type=load_dataset, path='acme/p')"), "type=DPO, loss_type='ipo'"), "only DPO's own loss"),
