@@ -1,5 +1,6 @@
 """`run_plan`: every operation against numpy and safetensors, every refusal by its text, Ctrl-C and progress."""
 
+import itertools
 import json
 import os
 import signal
@@ -172,6 +173,51 @@ def test_rows_of_many_small_parts_with_one_row_tiles(files: Files) -> None:
     parts = [{"source": source, "start": int(row), "count": 1} for row in order]
     files.tensor("x", "F32", wide.shape, {"kind": "rows", "parts": parts})
     assert files.run(memory_budget_bytes=1, threads=3)["x"] == wide[order].tobytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, 3000), max_size=6), dtype=st.sampled_from(["F32", "F16", "BF16", "I64"]))
+def test_join(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], dtype: str) -> None:
+    """Pieces that begin and end anywhere, of two files in turn, copied and cast."""
+    files = Files(tmp_path_factory.mktemp("join"))
+    whole = np.arange(3000).reshape(50, 60) if dtype == "I64" else encode(numbers(8, 50, 60), dtype)
+    ends = [0, *sorted(cuts), 3000]
+    pieces = [whole.reshape(-1)[start:end] for start, end in itertools.pairwise(ends)]
+    parts = [files.source(piece, dtype) for piece in pieces]
+    files.tensor("copied", dtype, whole.shape, {"kind": "join", "parts": parts})
+    if dtype != "I64":
+        files.tensor("cast", "F32", whole.shape, {"kind": "join", "parts": parts})
+    for budget in (1, 10**9):
+        found = files.run(memory_budget_bytes=budget)
+        assert found["copied"] == whole.tobytes()
+        assert "cast" not in found or found["cast"] == decode(whole, dtype).tobytes()
+
+
+def test_join_to_a_scalar(files: Files) -> None:
+    value = np.array([2.5], np.float32)
+    files.tensor("x", "F32", (), {"kind": "join", "parts": [files.source(value, "F32", (1, 1, 1))]})
+    assert files.run()["x"] == value.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "sizes", "reason"),
+    [
+        ("F32", (2, 3), (4, 1), "the parts have 5 rows, the tensor has 6"),
+        ("F32", (2**33, 2**33), (4,), "no size in bytes|too large"),
+        ("I64", (4,), (4,), "I64 stands where"),
+        ("F32", (3,), (), "the parts have 0 rows"),
+    ],
+)
+def test_refused_joins(files: Files, dtype: str, shape: tuple[int, ...], sizes: tuple[int, ...], reason: str) -> None:
+    parts = [files.source(np.zeros(size, np.float32), "F32") for size in sizes]
+    files.tensor("x", dtype, shape, {"kind": "join", "parts": parts})
+    with pytest.raises(PlanError, match=reason):
+        files.run()
+    files.tensors.clear()
+    files.tensor("x", "F32", (9,), {"kind": "join", "parts": [{"file": 0, "offset": 0, "dtype": "F32", "shape": [9]}]})
+    files.data = files.data[:4]
+    with pytest.raises(PlanError, match="is not inside"):
+        files.run()
 
 
 def merged(base: np.ndarray, products: np.ndarray, dtype: str) -> bytes:

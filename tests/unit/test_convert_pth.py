@@ -117,17 +117,14 @@ class EvilState(dict):  # type: ignore[type-arg]
 
 
 def test_evil_pickles_do_not_run(tmp_path: Path) -> None:
-    """os.system, exec and builtins in a .pth are names without a meaning; the tensors beside them are read."""
+    """os.system and exec in a .pth are names without a meaning; a file that has them is refused, and it is said why."""
     mark = tmp_path / "was here"
     state = tensors_of({"a": np.ones(2, np.float32)})
-    torch.save({"state_dict": state, "x": Evil(mark), "y": EvilState()}, tmp_path / "x.pth")
-    assert list(read_state_dict(tmp_path / "x.pth").tensors) == ["a"]
-    torch.save({"state_dict": {"a": Evil(mark)}}, tmp_path / "y.pth")
-    with pytest.raises(CheckpointError, match="no tensors"):
-        read_state_dict(tmp_path / "y.pth")
-    torch.save(Evil(mark), tmp_path / "z.pth")
-    with pytest.raises(CheckpointError, match=r"posix\.system"):
-        read_state_dict(tmp_path / "z.pth")
+    for evil, name in ((Evil(mark), r"posix\.system"), (EvilState(), r"__builtin__\.(exec|eval)")):
+        for whole in ({"state_dict": state, "x": evil}, {"state_dict": {"a": evil}}, evil):
+            torch.save(whole, tmp_path / "x.pth")
+            with pytest.raises(CheckpointError, match=f"{name}, which would run code.*nothing of it was run"):
+                read_state_dict(tmp_path / "x.pth")
     assert not mark.exists()
     assert not Path("/tmp/fastft_was_here").exists()
 
@@ -173,9 +170,6 @@ def test_files_that_are_no_pth(tmp_path: Path) -> None:
     refused(b"<html>", "text")
     refused(b"version https://git-lfs", "LFS")
     refused(b"GGUF", "no zip")
-    old = io.BytesIO()
-    torch.save({"a": torch.ones(2)}, old, _use_new_zipfile_serialization=False)
-    refused(old.getvalue(), "before 1.6")
     new = io.BytesIO()
     torch.save({"a": torch.ones(200)}, new)
     for length in (40, 300, len(new.getvalue()) - 200, len(new.getvalue()) - 1):
@@ -274,7 +268,7 @@ def test_peft_loads_it(tmp_path: Path) -> None:
         ({}, {"r": 8}, "rank 4"),
         ({"llm.base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight": None}, {}, "belong together"),
         ({"llm.base_model.model.model.layers.9.x.lora_A.default.weight": (4, 24)}, {}, "belong together"),
-        ({"projector.model.0.weight": (4, 4)}, {}, "projector"),
+        ({"projector.weight": (4, 4)}, {}, "projector is not XTuner's"),
         ({"llm.base_model.model.model.extra.weight": (4, 4)}, {}, "extra"),
     ],
 )
@@ -368,18 +362,15 @@ def test_checkpoint_folders(tmp_path: Path) -> None:
 
 
 def test_deepspeed_folders(tmp_path: Path) -> None:
-    """XTuner's iter_N.pth under DeepSpeed is a folder: ZeRO-2 is read, ZeRO-3 has a way out."""
+    """XTuner's iter_N.pth under DeepSpeed is a folder; see test_convert_deepspeed.py for all kinds."""
     base = tiny_llama.write_base(tmp_path / "base")
     folder = tmp_path / "iter_500.pth"
     folder.mkdir()
     states = {"module": lora_state("llm.", ".default"), "ds_version": "0.16", "optimizer": None}
     torch.save(states, folder / "mp_rank_00_model_states.pt")
     (folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"never read")
-    convert(config(base), folder, tmp_path / "hf", dtype="fp32")
+    convert(config(base), folder, tmp_path / "hf")
     assert set(load_file(tmp_path / "hf" / "adapter_model.safetensors")) == set(tiny_llama.adapter_tensors())
-    (folder / "mp_rank_00_model_states.pt").rename(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    with pytest.raises(PlanError, match="zero_to_fp32"):
-        convert(config(base), folder, tmp_path / "hf2")
 
 
 def test_base_elsewhere(tmp_path: Path) -> None:

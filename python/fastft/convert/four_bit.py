@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fastft.convert.numbers import as_float32, rounded, values_of
-from fastft.convert.source import DTYPE_BYTES, Packed, QuantType, Seen, Source, read_bytes
+from fastft.convert.source import DTYPE_BYTES, Joined, Packed, QuantType, Seen, Source, read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,7 +72,7 @@ def numbers_of(source: Source, start: int, count: int) -> "Float32":
     Raises:
         CheckpointError: a file is cut off.
     """
-    if source.lens is None:
+    if source.lens is None or isinstance(source.lens, Joined):
         return _flat(source, start, count)
     if source.lens.transposed:
         rows, columns = source.shape

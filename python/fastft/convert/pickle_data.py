@@ -2,10 +2,11 @@
 
 A pickle is a program for a stack machine that may import and call any function. This interpreter knows the opcodes,
 but no callable exists in it: an imported name is the inert `Global`, a call of it the inert `Call`, and what a call
-would have done to an object is not done. So there is nothing that a hostile file could reach. `pth_reader` finds the
-tensors in what comes out.
+would have done to an object is not done. So there is nothing that a hostile file could reach; one that names functions
+which only a hostile file needs is refused, so that its owner hears of it. `torch_file` finds the tensors in what comes out.
 """
 
+import io
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,33 @@ from fastft.errors import CheckpointError
 
 # A checkpoint with 10,000 tensors has a pickle of 2 MB; mmengine's logs may add some 10 MB.
 MAX_BYTES = 256 * 1024 * 1024
+# A tensor takes some 35 of them; 100,000 tensors (a model of many experts) still fit.
+MAX_OPCODES = 4_000_000
+_MAX_NAME = 1000
 _MARK = object()
 _KEY_TYPES = (str, int, float, bool, bytes, type(None))
+
+
+# Modules that weights, logs and settings have no use for, and that run, fetch or overwrite something.
+_HOSTILE_MODULES = frozenset(
+    {
+        "_pickle", "_posixsubprocess", "_thread", "asyncio", "bdb", "cProfile", "cloudpickle", "code", "codeop", "commands",
+        "ctypes", "dill", "doctest", "ftplib", "gc", "http", "imp", "importlib", "inspect", "io", "marshal", "nt", "os",
+        "pdb", "pickle", "pip", "pkgutil", "posix", "profile", "pty", "pydoc", "requests", "runpy", "shutil", "signal",
+        "smtplib", "socket", "subprocess", "sys", "tempfile", "threading", "timeit", "trace", "urllib", "webbrowser",
+        "zipimport",
+    }
+)  # fmt: skip
+_HOSTILE_BUILTINS = frozenset(
+    {
+        "__import__", "breakpoint", "compile", "delattr", "eval", "exec", "execfile", "exit", "globals", "help", "input",
+        "locals", "open", "quit", "setattr", "vars",
+    }
+)  # fmt: skip
+
+
+class HostilePickleError(CheckpointError):
+    """A pickle asks for what only code needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +59,19 @@ class Global:
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A call that the pickle would make. Nothing is called; state given to its result is dropped.
+    """A call that the pickle would make. Nothing is called; state given to its result is kept as data.
 
     Attributes:
         function: a `Global`, or any other value that the file put there.
         arguments: a tuple in a well-formed file.
         items: what the file set by key, for an ordered dictionary.
+        state: what the file gave to `__setstate__`.
     """
 
     function: Any
     arguments: Any
     items: dict[Any, Any]
+    state: Any = None
 
 
 @dataclass(eq=False, slots=True)
@@ -64,21 +92,38 @@ def read(content: bytes, where: str) -> Any:
         dict, list, tuple, set, str, bytes, int, float, bool, None, `Global`, `Call` and `Persistent`, nested.
 
     Raises:
-        CheckpointError: not a pickle, cut off, or an opcode that data does not need.
+        CheckpointError: not a pickle, cut off, an opcode that data does not need, or a name that only code needs.
     """
     if len(content) > MAX_BYTES:
         raise CheckpointError(f"{where}: its pickle has {len(content)} bytes; at most {MAX_BYTES} are read")
+    return read_next(io.BytesIO(content), where)
+
+
+def read_next(content: io.BytesIO, where: str) -> Any:
+    """Read the value of the pickle that begins at the position of `content`, and leave it behind the end.
+
+    The rest is as for `read`.
+    """
     machine = _Machine(where)
     try:
-        for opcode, argument, _ in pickletools.genops(content):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
             if opcode.name == "STOP":
                 return machine.pop()
+            if number > MAX_OPCODES:
+                raise CheckpointError(
+                    f"{where}: its pickle has more than {MAX_OPCODES} steps; no checkpoint needs them"
+                )
             machine.step(opcode.name, argument)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{where}: not a pickle that can be read: {error}") from error
     raise CheckpointError(f"{where}: its pickle ends before its STOP")
+
+
+def unwrapped_key(key: Any) -> Any:
+    """Give a dictionary's key as it stood in the file: what cannot be one here is wrapped (see `_Machine.set_pairs`)."""
+    return key.arguments[0] if isinstance(key, Call) and key.function is None else key
 
 
 class _Machine:
@@ -204,11 +249,30 @@ class _Machine:
 
     def import_name(self, argument: Any) -> None:
         module, _, name = str(argument).partition(" ")
-        self._stack.append(Global(module, name))
+        self._stack.append(self.named(module, name))
 
     def stack_global(self, _: Any) -> None:
         name, module = self.pop(), self.pop()
-        self._stack.append(Global(str(module)[:1000], str(name)[:1000]))
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise CheckpointError(f"{self._where}: its pickle imports something that has no name")
+        self._stack.append(self.named(module, name))
+
+    def named(self, module: str, name: str) -> Global:
+        """Give the inert stand-in of an import.
+
+        Raises:
+            HostilePickleError: weights never need it; a file that asks for it wants something to happen.
+        """
+        if not (module + name).isprintable():
+            raise CheckpointError(f"{self._where}: its pickle imports a name with control characters")
+        hostile = module.partition(".")[0] in _HOSTILE_MODULES
+        in_builtins = module in ("builtins", "__builtin__", "__builtins__")
+        if hostile or (in_builtins and name.partition(".")[0] in _HOSTILE_BUILTINS):
+            raise HostilePickleError(
+                f"{self._where}: its pickle asks for {module[:100]}.{name[:100]}, which would run code and which no"
+                " checkpoint needs; nothing of it was run. Do not load this file with other tools"
+            )
+        return Global(module[:_MAX_NAME], name[:_MAX_NAME])
 
     def reduce(self, _: Any) -> None:
         arguments, function = self.pop(), self.pop()
@@ -224,14 +288,18 @@ class _Machine:
 
     def instance(self, argument: Any) -> None:
         module, _, name = str(argument).partition(" ")
-        self._stack.append(Call(Global(module, name), tuple(self.pop_mark()), {}))
+        self._stack.append(Call(self.named(module, name), tuple(self.pop_mark()), {}))
 
     def build(self, _: Any) -> None:
-        self.pop()  # the state: dropped
-        self.top()
+        state, target = self.pop(), self.top()
+        if isinstance(target, Call):
+            target.state = state
 
     def persistent(self, _: Any) -> None:
         self._stack.append(Persistent(self.pop()))
+
+    def persistent_text(self, argument: Any) -> None:
+        self._stack.append(Persistent(argument))
 
     def ignore(self, _: Any) -> None:
         """PROTO and FRAME: nothing to do."""
@@ -288,4 +356,5 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "INST": _Machine.instance,
     "BUILD": _Machine.build,
     "BINPERSID": _Machine.persistent,
+    "PERSID": _Machine.persistent_text,
 }

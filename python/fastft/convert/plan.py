@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fastft import _native
 from fastft.convert.folder import INDEX, SINGLE
 from fastft.convert.four_bit import FourBit
-from fastft.convert.source import FLOATS, Packed, Source, num_bytes
+from fastft.convert.source import FLOATS, Joined, Packed, Source, num_bytes, pieces
 from fastft.errors import PlanError
 
 
@@ -323,6 +323,11 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
         lens = source.lens
         if lens is None:
             return found
+        if isinstance(lens, Joined):
+            raise PlanError(
+                f"{source.file}: a tensor in {len(lens.parts)} pieces can be copied and cast, not computed with;"
+                " convert the checkpoint to a folder first"
+            )
         through: dict[str, Any] = {
             "quant_type": lens.quant_type,
             "blocksize": lens.blocksize,
@@ -357,10 +362,14 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
 
 def _operation(operation: Operation, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
     match operation:
+        case Copy(Source(lens=Joined()) as source) | Cast(Source(lens=Joined()) as source):
+            return {"kind": "join", "parts": [side(part) for part in pieces(source)]}
         case Copy(source):
             return {"kind": "copy", "source": side(source)}
         case Cast(source):
             return {"kind": "cast", "source": side(source)}
+        case Rows(parts) if any(isinstance(part.source.lens, Joined) for part in parts):
+            return {"kind": "join", "parts": [side(piece) for part in parts for piece in _row_pieces(part)]}
         case Rows(parts):
             return {
                 "kind": "rows",
@@ -401,6 +410,12 @@ def _operation(operation: Operation, side: Callable[[Source], dict[str, Any]]) -
             }
         case Dora(source, deltas):
             return {"kind": "dora", "source": side(source), "deltas": [_delta(delta, side) for delta in deltas]}
+
+
+def _row_pieces(part: Part) -> list[Source]:
+    """The pieces that hold some rows of a tensor."""
+    row = prod(part.source.shape[1:])
+    return pieces(part.source, part.start * row, part.count * row)
 
 
 def _delta(delta: Delta, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Made by the readers of checkpoint folders, adapters and .pth files; used in ever
 safetensors names them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -56,7 +57,7 @@ class Source:
     offset: int
     dtype: str
     shape: tuple[int, ...]
-    lens: "Packed | Seen | None" = None
+    lens: "Packed | Seen | Joined | None" = None
 
     @property
     def numel(self) -> int:
@@ -118,6 +119,19 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """The numbers lie in pieces, one after another: what a sharded training left of a tensor.
+
+    Copies, casts and rows read them (`plan`); the file and offset of the whole are those of the first piece.
+
+    Attributes:
+        parts: plain sources of the whole's dtype; together they have as many numbers.
+    """
+
+    parts: tuple[Source, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Fingerprint:
     """What a file looked like when it was planned with: another look before publishing must give the same."""
 
@@ -139,6 +153,47 @@ def rows_of(source: Source, start: int, count: int) -> Source:
     assert source.lens is None, "rows of 4-bit numbers do not begin at a byte of their own"
     row_bytes = source.nbytes // source.shape[0]
     return replace(source, offset=source.offset + start * row_bytes, shape=(count, *source.shape[1:]))
+
+
+def stretch(source: Source, start: int, count: int) -> Source:
+    """Give numbers `start` to `start + count` of a plain source as a flat tensor of its own."""
+    assert source.lens is None, "only numbers that lie as they are can be cut anywhere"
+    return replace(source, offset=source.offset + start * DTYPE_BYTES[source.dtype], shape=(count,))
+
+
+def joined(parts: Sequence[Source], shape: tuple[int, ...]) -> Source:
+    """Give plain sources of one dtype, with as many numbers as `shape`, as one tensor.
+
+    Pieces that touch in their file become one; a single piece is a plain source.
+    """
+    merged: list[Source] = []
+    for part in parts:
+        if not part.numel:
+            continue
+        before = merged[-1] if merged else None
+        if before is not None and before.file == part.file and before.offset + before.nbytes == part.offset:
+            merged[-1] = replace(before, shape=(before.numel + part.numel,))
+        else:
+            merged.append(replace(part, shape=(part.numel,)))
+    assert sum(part.numel for part in merged) == prod(shape)
+    assert len({part.dtype for part in parts}) == 1
+    first = merged[0] if merged else parts[0]
+    lens = Joined(tuple(merged)) if len(merged) > 1 else None
+    return Source(first.file, first.offset, first.dtype, shape, lens)
+
+
+def pieces(source: Source, start: int = 0, count: int | None = None) -> list[Source]:
+    """Give numbers `start` to `start + count` (all by default) as the plain sources that hold them."""
+    end = source.numel if count is None else start + count
+    parts = source.lens.parts if isinstance(source.lens, Joined) else (source,)
+    found: list[Source] = []
+    at = 0
+    for part in parts:
+        first, last = max(start, at), min(end, at + part.numel)
+        if first < last:
+            found.append(stretch(part, first - at, last - first))
+        at += part.numel
+    return found
 
 
 def fingerprint(path: Path) -> Fingerprint:
@@ -171,11 +226,23 @@ def read_bytes(source: Source, start: int = 0, count: int | None = None) -> byte
     Raises:
         CheckpointError: the file ends earlier than its header says.
     """
-    assert source.lens is None, "the bytes of a source with a lens are not its numbers"
     count = source.nbytes - start if count is None else count
+    if isinstance(source.lens, Joined):
+        return _read_joined(source.lens, start, start + count)
+    assert source.lens is None, "the bytes of a source with a lens are not its numbers"
     with source.file.open("rb") as file:
         file.seek(source.offset + start)
         content = file.read(count)
     if len(content) != count:
         raise CheckpointError(f"{source.file}: ends before the data of a tensor at byte {source.offset + start}")
     return content
+
+
+def _read_joined(lens: Joined, start: int, end: int) -> bytes:
+    found, at = [], 0
+    for part in lens.parts:
+        first, last = max(start, at), min(end, at + part.nbytes)
+        if first < last:
+            found.append(read_bytes(part, first - at, last - first))
+        at += part.nbytes
+    return b"".join(found)

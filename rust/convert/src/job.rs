@@ -241,6 +241,7 @@ impl Check<'_> {
             }
             Operation::Cast { source } => self.cast(tensor, source, nbytes),
             Operation::Rows { parts } => self.rows(tensor, parts),
+            Operation::Join { parts } => self.join(tensor, parts),
             Operation::Merge { source, deltas, round_delta } => {
                 self.same_count(tensor, source)?;
                 let merge = Merge::check(self, source, self.element(tensor.dtype)?, deltas, *round_delta)?;
@@ -382,6 +383,21 @@ impl Check<'_> {
         let casts = places.iter().any(|place| place.from.is_some());
         let to = if casts { Some(self.element(tensor.dtype)?) } else { None };
         Ok((*num_rows, Kind::Rows { parts: places, to }))
+    }
+
+    /// A joined tensor is gathered; a row is a value.
+    fn join(&self, tensor: &Tensor, parts: &[Source]) -> Result<(u64, Kind)> {
+        let Some(num_values) = tensor.shape.iter().try_fold(1_u64, |product, size| product.checked_mul(*size)) else {
+            return self.refuse("it is too large for this machine");
+        };
+        let flat = Tensor { shape: vec![num_values], ..tensor.clone() };
+        let mut whole = Vec::with_capacity(parts.len());
+        for part in parts {
+            let count = content::num_values(self, part)? as u64;
+            let source = Source { shape: vec![count], ..part.clone() };
+            whole.push(Part { source, start: 0, count });
+        }
+        self.rows(&flat, &whole)
     }
 
     /// Where a source is, if it lies inside its file.

@@ -62,6 +62,12 @@ pub enum Operation {
         /// The parts in the order of the output.
         parts: Vec<Part>,
     },
+    /// The values of several sources, one after the other, whatever their shapes; cast when dtypes differ. A tensor that
+    /// a sharded training left in pieces.
+    Join {
+        /// The pieces in the order of the output.
+        parts: Vec<Source>,
+    },
     /// The source plus low-rank products. Its rows are the first dimension of the *source's* shape.
     Merge {
         /// The base weight, same number of values as the output.
