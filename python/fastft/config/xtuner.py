@@ -126,7 +126,7 @@ class _Import:
             "model": model,
             "method": method,
             "data": data,
-            "vision": xtuner_vision.section(self._settings, method.get("lora"), self._note) if self._sees else {},
+            "vision": self._vision(method),
             "train": self._train() | self._eval_steps(measured),
             "preference": self._preference(task),
             "samples": self._samples(),
@@ -248,6 +248,9 @@ class _Import:
         if settings is not None:
             method["quantization"] = settings
         return method
+
+    def _vision(self, method: dict[str, Any]) -> dict[str, Any]:
+        return xtuner_vision.section(self._settings, self._place, method.get("lora"), self._note) if self._sees else {}
 
     def _lora(self, key: str) -> dict[str, Any]:
         take = self._settings.take
