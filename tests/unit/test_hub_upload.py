@@ -123,6 +123,14 @@ def test_the_card_says_what_it_was_made_from(run_folder):
         assert words in upload.card, words
 
 
+def test_modules_are_named_once(run_folder):
+    """Adapters onto InternLM2's files name each layer's: hundreds of them."""
+    file = run_folder / "adapter/adapter_config.json"
+    names = [f"model.layers.{layer}.self_attn.{name}" for layer in range(32) for name in ("v_proj", "q_proj")]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": names}))
+    assert "| modules | q_proj, v_proj |" in push.plan(run_folder, "me/robin").card
+
+
 def test_rows_of_a_step_count_all_processes(run_folder):
     config = load.load(str(run_folder / "config.yaml")).config
     rows = config.train.batch_size * config.train.grad_accumulation * 2
