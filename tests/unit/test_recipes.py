@@ -16,6 +16,11 @@ from fastft.errors import ConfigError
 CONFIGS = Path(recipes.__file__).parent.parent / "configs"
 
 
+def is_product(name):
+    """Whether a name is MODEL_METHOD_DATA, and not that of a file or of a LLaVA's stage."""
+    return (name not in ("demo", "demo_vision") and not name.startswith("llava_")) or name.startswith("llava1_")
+
+
 def test_every_name_that_is_listed_makes_a_config():
     names = recipes.names()
     assert len(names) > 5000
@@ -25,11 +30,71 @@ def test_every_name_that_is_listed_makes_a_config():
         assert config.name == name
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "learn"),
+    [
+        # XTuner v0.1.23, configs/llava: the model's method, and what else is trained.
+        ("internlm2_chat_1_8b_clip_vit_large_p14_336_e1_gpu8_pretrain", "qlora", ("frozen", "full", "frozen")),
+        ("internlm2_chat_7b_clip_vit_large_p14_336_e1_gpu8_pretrain", "qlora", ("frozen", "full", "frozen")),
+        ("internlm2_chat_20b_clip_vit_large_p14_336_e1_gpu8_pretrain", "qlora", ("frozen", "full", "frozen")),
+        ("vicuna_7b_v15_clip_vit_large_p14_336_e1_gpu8_pretrain", "qlora", ("frozen", "full", "frozen")),
+        ("llama3_8b_instruct_clip_vit_large_p14_336_e1_gpu8_pretrain", "qlora", ("frozen", "full", "frozen")),
+        ("phi3_mini_4k_instruct_clip_vit_large_p14_336_e1_gpu8_pretrain", "qlora", ("frozen", "full", "frozen")),
+        ("internlm2_chat_7b_clip_vit_large_p14_336_e1_gpu8_finetune", "full", ("method", "full", "frozen")),
+        ("vicuna_7b_v15_clip_vit_large_p14_336_e1_gpu8_finetune", "full", ("method", "full", "frozen")),
+        ("llama3_8b_instruct_full_clip_vit_large_p14_336_e1_gpu8_finetune", "full", ("method", "full", "frozen")),
+        ("phi3_mini_4k_instruct_full_clip_vit_large_p14_336_e1_gpu8_finetune", "full", ("method", "full", "frozen")),
+        ("llama3_8b_instruct_qlora_clip_vit_large_p14_336_e1_gpu1_finetune", "qlora", ("method", "full", "frozen")),
+        ("internlm2_chat_1_8b_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune", "qlora", ("method", "full", "lora")),
+        ("internlm2_chat_7b_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune", "qlora", ("method", "full", "lora")),
+        ("internlm2_chat_20b_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune", "qlora", ("method", "full", "lora")),
+        ("internlm_chat_7b_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune", "qlora", ("method", "full", "lora")),
+        ("vicuna_7b_v15_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune", "qlora", ("method", "full", "lora")),
+    ],
+)
+def test_xtuners_llava_names(name, kind, learn):
+    """With XTuner's settings: learning rates, batches, ranks; the second stage begins with the first one's projector."""
+    name = f"llava_{name}"
+    assert name in recipes.names()
+    assert recipes.search(name)[0] == name
+    config = load(name).config
+    assert config.method.kind == kind
+    assert (config.vision.learn.llm, config.vision.learn.projector, config.vision.learn.tower) == learn
+    assert (config.vision.tower, config.vision.select_layer) == ("openai/clip-vit-large-patch14-336", -2)
+    assert (config.train.epochs, config.train.warmup_ratio, config.train.weight_decay) == (1, 0.03, 0)
+    if name.endswith("pretrain"):
+        assert (config.train.lr, config.train.batch_size, config.vision.projector) == (1e-3, 32, None)
+        return
+    assert config.train.batch_size == 16
+    assert config.train.lr == (2e-5 if kind == "full" else 2e-4)
+    first = config.vision.projector.removeprefix("work_dirs/").removesuffix("/llava/projector")
+    assert first.endswith("_clip_vit_large_p14_336_e1_gpu8_pretrain")
+    assert first in recipes.names()
+    if kind != "full":
+        assert (config.method.lora.r, config.method.lora.alpha, config.method.lora.dropout) == (512, 256, 0.05)
+    if learn[2] == "lora":
+        assert (config.vision.learn.tower_lora.r, config.vision.learn.tower_lora.alpha) == (64, 16)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llava_gemma2_9b_it_clip_vit_large_p14_336_e1_gpu8_pretrain",
+        "llava_llama3_8b_instruct_full_clip_vit_large_p14_336_lora_e1_gpu8_finetune",
+        "llava_internlm2_chat_7b_clip_vit_large_p14_336_e1_e2_pretrain",
+        "llava_internlm2_chat_7b_clip_vit_large_p14_336_internvl_finetune",
+    ],
+)
+def test_llava_names_that_are_none(name):
+    with pytest.raises(ConfigError, match="no such file and no such recipe"):
+        recipes.find(name)
+
+
 def test_every_part_loads_as_the_command_loads_it():
     """`load` costs ten times as much as the check above: here each model once and each method with each data set."""
     loaded = set()
     for name in recipes.names():
-        if name == "demo":
+        if not is_product(name):
             continue
         recipe = recipes.parts(name)
         met = {recipe.model.name, (recipe.method, recipe.data.name)}
@@ -116,7 +181,7 @@ def test_every_task_has_recipes(task):
     assert any(name.startswith("demo") for name in named)
     assert any(name.startswith("custom_") for name in named)
     assert any(not name.startswith(("demo", "custom_")) for name in named) or task == "pretrain"
-    assert any(recipes.parts(name).data.task == task for name in recipes.names() if name != "demo")
+    assert any(recipes.parts(name).data.task == task for name in recipes.names() if is_product(name))
 
 
 def test_methods_set_their_usual_rate():
@@ -128,7 +193,7 @@ def test_methods_set_their_usual_rate():
 @pytest.mark.parametrize("method", ["qlora_8gb", "qlora_6gb"])
 def test_methods_for_a_small_card(method):
     """Listed for models up to 9B and only for them; whatever can wait outside of the card does."""
-    listed = {recipes.parts(name).model.name for name in recipes.search(method) if name != "demo"}
+    listed = {recipes.parts(name).model.name for name in recipes.search(method) if is_product(name)}
     assert {"llama2_7b", "llama3_1_8b", "internlm2_7b", "qwen2_5_7b", "qwen1_5_0_5b", "internlm2_chat_1_8b"} <= listed
     assert {name for name in recipes.models() if name.endswith(("13b", "20b", "32b", "70b", "72b", "110b"))}
     assert not any(name.partition("_chat")[0].endswith(("13b", "20b", "32b", "34b", "70b", "72b")) for name in listed)
@@ -257,7 +322,7 @@ def test_listing_imports_no_yaml_no_pydantic_no_torch():
 
 def test_models_that_see_are_listed_with_images_only():
     for name in recipes.names():
-        if name == "demo":
+        if not is_product(name):
             continue
         recipe = recipes.parts(name)
         sees = recipe.model.kind == "vision" or recipe.model.name in recipes.ALSO_SEE

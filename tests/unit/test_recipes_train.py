@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import tiny_llava
 import tiny_run
 import tiny_vision
 from fastft.config import recipes
@@ -44,6 +45,7 @@ FAMILIES = {
     "qwen2": ("qwen2", "qlora", "pretrain"),
     "qwen2_5": ("qwen2", "lora", "reward"),
     "qwen3": ("qwen3", "lora", "orpo"),
+    "vicuna": ("llama", "qlora", "sft"),
     "yi": ("llama", "freeze", "kto"),
     "yi_1_5": ("llama", "full", "orpo"),
 }
@@ -84,6 +86,31 @@ def test_a_step_with_images(family: str, tmp_path: Path) -> None:
     assert line["loss"] > 0
     assert line["grad_norm"] > 0
     assert list(done.artifact.glob("*.safetensors"))
+
+
+def test_a_step_of_each_stage_of_a_llava(tmp_path: Path) -> None:
+    """XTuner's two recipes as they are listed, with tiny parts in place of the real ones."""
+    clip = "clip_vit_large_p14_336"
+    pretrain = f"llava_internlm2_chat_7b_{clip}_e1_gpu8_pretrain"
+    finetune = f"llava_internlm2_chat_7b_qlora_{clip}_lora_e1_gpu8_finetune"
+    tiny_llava.picture().save(tmp_path / "a.png")
+    said = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A red circle."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "a.png", "conversations": said}] * 4))
+    words = [
+        f"model.name={tiny_llava.write_llm(tmp_path / 'llm')}",
+        f"vision.tower={tiny_llava.write_clip(tmp_path / 'clip')}",
+        f"data.train.0.source={tmp_path / 'rows.json'}",
+        f"data.train.0.images={tmp_path}",
+        "train.max_steps=1",
+        "train.batch_size=2",
+    ]
+    first = run.run(load(pretrain, words).config, work_dir=tmp_path / "first")
+    words.append(f"vision.projector={first.artifact / 'projector'}")
+    done = run.run(load(finetune, words).config, work_dir=tmp_path / "second")
+    for result, names in ((first, {"projector"}), (done, {"projector", "llm_adapter", "visual_encoder_adapter"})):
+        (line,) = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert line["grad_norm"] > 0
+        assert {path.name for path in result.artifact.iterdir() if path.is_dir()} == names
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,29 @@ def llava() -> Any:
     return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=60))
 
 
+def llava_next() -> Any:
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    vision = {"model_type": "clip_vision_model", **VISION}
+    text = {"model_type": "llama", **TEXT}
+    pinpoints = [[28, 56], [56, 28], [56, 56]]
+    config = LlavaNextConfig(
+        text_config=text, vision_config=vision, image_token_index=60, image_grid_pinpoints=pinpoints
+    )
+    return LlavaNextForConditionalGeneration(config)
+
+
+def internvl() -> Any:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    vision = {**VISION, "model_type": "internvl_vision", "image_size": (28, 28), "patch_size": (14, 14)}
+    text = {"model_type": "qwen2", **TEXT}
+    config = InternVLConfig(
+        text_config=text, vision_config=vision, image_token_id=60, image_seq_length=1, tie_word_embeddings=False
+    )
+    return InternVLForConditionalGeneration(config)
+
+
 def qwen2_vl() -> Any:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -98,6 +121,15 @@ def qwen2_5_vl() -> Any:
     text = {**TEXT, "rope_parameters": ROPE}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=QWEN_VISION, tie_word_embeddings=False, **QWEN_IMAGES)
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl() -> Any:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = {**TEXT, "rope_parameters": ROPE}
+    vision = {**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **QWEN_IMAGES)
+    return Qwen3VLForConditionalGeneration(config)
 
 
 def mixtral() -> Any:
@@ -213,8 +245,8 @@ def wav2vec2() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     builder.__name__: builder
     for builder in (
-        llama, qwen2, gemma3_text, gpt2, gpt_neox, gemma3, llava, qwen2_vl, qwen2_5_vl, mixtral, qwen3_moe,
-        deepseek_v3, qwen3_vl_moe, jamba, gpt_oss, nomic_bert, clip_vision, clip, convnext, resnet,
-        wav2vec2,
+        llama, qwen2, gemma3_text, gpt2, gpt_neox, gemma3, llava, llava_next, internvl, qwen2_vl,
+        qwen2_5_vl, qwen3_vl, mixtral, qwen3_moe, deepseek_v3, qwen3_vl_moe, jamba, gpt_oss,
+        nomic_bert, clip_vision, clip, convnext, resnet, wav2vec2,
     )
 }  # fmt: skip

@@ -4,7 +4,6 @@ The template is the one that lies with the model, so training and chat cannot di
 adapter folder (its base is found by what adapter_config.json says) or a hub id; `answer` streams one answer.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from fastft import console
 from fastft.config import schema
+from fastft.convert.json_file import read_object
 from fastft.data.dialogue import IMAGE_MARK, ImageRef, Message
 from fastft.data.template import ChatTemplate
 from fastft.errors import CheckpointError, ConfigError, HubError
-from fastft.model import device, processor, quantization, quiet, tokenizer, vision, whole
+from fastft.model import device, folder_check, processor, quantization, quiet, tokenizer, vision, whole
 from fastft.model import load as model_load
 
 if TYPE_CHECKING:
     import torch
 
     from fastft.data.vision import Seer
+
+_MAX_RANK = 65536
 
 OnText = Callable[[str], None]
 
@@ -164,13 +166,13 @@ def load(
             raise ConfigError(f"chat {model}: this is an adapter already; give its base model with --adapter {adapter}")
         adapter, model = str(wanted), _base_of(wanted)
         console.note(f"chat: {adapter} is an adapter; its base is {model}")
-        base = _locate(model, hub, f"the base of adapter {adapter}")
+        base = locate(model, hub, f"the base of adapter {adapter}")
     else:
-        base = _locate(model, hub, None)
+        base = locate(model, hub, None)
     words, seer = _words(base, None if adapter is None else Path(adapter))
-    loaded = _read(base, bits, dtype)
+    loaded = read(base, bits, dtype)
     if adapter is not None:
-        loaded = _with_adapter(loaded, Path(adapter))
+        loaded = with_adapter(loaded, Path(adapter))
     loaded.eval()
     talk = Talk(loaded, words, seer=seer)
     if talk.template is None:
@@ -198,11 +200,12 @@ def answer(talk: Talk, messages: Sequence[Message] | str, sampling: Sampling, on
     streamer = _Stream(talk.tokenizer, on_text)
     with device.same_random(talk.model.device), torch.no_grad():
         torch.manual_seed(sampling.seed)
-        talk.model.generate(
-            **inputs,
-            generation_config=_generation(talk, sampling),
-            streamer=streamer,
-        )
+        with folder_check.library_errors("chat: the model cannot answer (do its weights hold undefined numbers?)"):
+            talk.model.generate(
+                **inputs,
+                generation_config=_generation(talk, sampling),
+                streamer=streamer,
+            )
     return streamer.text
 
 
@@ -268,7 +271,12 @@ def _generation(talk: Talk, sampling: Sampling) -> Any:
     )
 
 
-def _locate(model: str, hub: str, role: str | None) -> model_load.Base:
+def locate(model: str, hub: str, role: str | None) -> model_load.Base:
+    """Find a model by its folder or id; `role` says what it is for, where it is not the one that was asked for.
+
+    Raises:
+        HubError: it cannot be found.
+    """
     try:
         return model_load.locate(schema.Model.model_validate({"name": model, "hub": hub}))
     except HubError as cause:
@@ -278,16 +286,14 @@ def _locate(model: str, hub: str, role: str | None) -> model_load.Base:
 
 
 def _base_of(adapter: Path) -> str:
-    try:
-        config: Mapping[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as cause:
-        raise CheckpointError(f"adapter {adapter}: adapter_config.json is no JSON: {cause}") from cause
-    name = config.get("base_model_name_or_path")
+    name = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"adapter {adapter}: base_model_name_or_path must be a text, it is {name!r}")
     if not name:
         raise CheckpointError(
             f"adapter {adapter}: it does not name its base; use: fastft chat BASE --adapter {adapter}"
         )
-    return str(name)
+    return name
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -310,7 +316,12 @@ def _words(base: model_load.Base, adapter: Path | None) -> "tuple[Any, Seer | No
     return made.tokenizer, Seer(made, token, schema.Vision(), kind)
 
 
-def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
+def read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
+    """Read the weights of a model to talk to; `bits` and `dtype` as in `load`.
+
+    Raises:
+        CheckpointError: they cannot be read, or the model does not talk.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -335,17 +346,46 @@ def _read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     return model
 
 
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """Put an adapter onto a model; gives peft's model.
 
-    if not (adapter / "adapter_config.json").is_file():
+    Raises:
+        CheckpointError: it is none, does not fit, or does not talk.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    from fastft.convert.folder import read_safetensors
+
+    if not (adapter / "adapter_config.json").exists():
         raise CheckpointError(f"adapter {adapter}: there is no adapter_config.json; is this an adapter folder?")
-    if json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS":
+    settings = read_object(adapter / "adapter_config.json")
+    if settings.get("task_type") == "SEQ_CLS":
         raise CheckpointError(f"adapter {adapter}: a reward model gives an answer a number; it does not talk")
-    try:
-        with warnings.catch_warnings():
-            # peft only warns of weights that the file lacks, and leaves them as they were drawn.
-            warnings.filterwarnings("error", message=r"(?s).*missing adapter keys", category=UserWarning)
-            return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, OSError, UserWarning) as cause:
-        raise CheckpointError(f"adapter {adapter}: does not fit the model: {str(cause).splitlines()[0]}") from cause
+    _check_kind(settings, adapter)
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.exists():
+        pickle = adapter / "adapter_model.bin"
+        hint = f"; {pickle.name} is a pickle, which chat does not read: `convert merge` does" if pickle.exists() else ""
+        raise CheckpointError(f"adapter {adapter}: there is no {weights.name}{hint}")
+    there = set(read_safetensors(weights))
+    with folder_check.library_errors(f"adapter {adapter}: does not fit the model"), warnings.catch_warnings():
+        # peft only warns of weights that the file lacks, and leaves them as they were drawn.
+        warnings.filterwarnings("error", message=r"(?s).*missing adapter keys", category=UserWarning)
+        adapted = PeftModel.from_pretrained(model, adapter)
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if there - wanted:
+        raise CheckpointError(
+            f"adapter {adapter}: {min(there - wanted)} of {weights.name} has no place in the model; it is of another model"
+        )
+    return adapted
+
+
+def _check_kind(settings: Mapping[str, Any], adapter: Path) -> None:
+    """Refuse settings with which peft would import modules by name, or make matrices of any size."""
+    from peft import PeftType
+
+    kind, rank = settings.get("peft_type"), settings.get("r")
+    if not isinstance(kind, str) or kind not in set(PeftType):
+        raise CheckpointError(f"adapter {adapter}: peft_type {kind!r} in adapter_config.json is not known")
+    if kind == "LORA" and (type(rank) is not int or not 1 <= rank <= _MAX_RANK):
+        raise CheckpointError(f"adapter {adapter}: r in adapter_config.json must be 1 to {_MAX_RANK}, it is {rank!r}")

@@ -1,5 +1,7 @@
 """`fastft convert merge`."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +23,7 @@ def merge(
     max_shard_size: str = "2GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     is_clip: bool = False,
+    visual_encoder: str | None = None,
     model_class: str | None = None,
     key_map: tuple[str, ...] = (),
     dequantized_base: Literal["auto", "none", "nf4", "fp4"] = "auto",
@@ -39,13 +42,14 @@ def merge(
 
     Args:
         llm: folder or hub id of the base model
-        adapter_path: folder of the adapter
+        adapter_path: folder of the adapter, or of a LLaVA's parts (RUN/llava): one folder is made of all
         save_path: folder to write; must not exist
         adapter: another adapter as DIR or DIR:WEIGHT; may be given several times
         dtype: of the written weights; auto keeps the base's
         max_shard_size: largest file, e.g. 2GB (2*10^9 bytes), 2GiB; a bare number is GB
         device: where the arithmetic runs; auto and cpu need no GPU, cuda gives the same bits
         is_clip: the adapter is of a CLIPVisionModel; only the vision tower of the CLIP is merged and written
+        visual_encoder: with a LLaVA's parts: folder or hub id of the vision tower, where they do not say it
         model_class: class of transformers that the adapter was trained on, where config.json names another
         key_map: REGEX=REPLACEMENT done on the adapter's names; may be given several times
         dequantized_base: start from what QLoRA saw: the linear layers in 4 bit and back; auto: if the adapter says so
@@ -69,12 +73,42 @@ def merge(
     if not safe_serialization:
         raise UsageError("convert merge: --safe-serialization=false: fastft writes safetensors only")
 
+    others = {
+        "--adapter": adapter,
+        "--is-clip": is_clip,
+        "--model-class": model_class,
+        "--key-map": key_map,
+        "--match-peft": match_peft,
+        "--base-is-residual": base_is_residual,
+        "--quantize": quantize != "none",
+        "--json": json,
+        "--device cuda": device == "cuda",
+    }
+
     def run() -> None:
         from fastft.convert import merge as merging
         from fastft.convert import size
         from fastft.convert.four_bit import FourBit
         from fastft.hub import locate
 
+        if is_llava(Path(adapter_path), [option for option, given in others.items() if given], visual_encoder):
+            from fastft.convert import llava, llava_result
+
+            parts, num_tokens, write_processor = llava_result.parts(
+                llava_result.find(locate.model_called(llm), Path(adapter_path), visual_encoder)
+            )
+            together = llava.plan_llava(
+                parts,
+                num_tokens=num_tokens,
+                dtype=dtype,
+                max_shard_size_bytes=size.parse_size(max_shard_size),
+                four_bit=merging.four_bit_base(dequantized_base, double_quant=double_quant),
+            )
+            if dry_run:
+                console.result(llava.as_table(together))
+            else:
+                console.result(llava.execute(together, Path(save_path), write_processor, force=force).line())
+            return
         plan = merging.plan(
             locate.model_called(llm),
             [(Path(adapter_path), 1.0), *[with_weight(text) for text in adapter]],
@@ -93,6 +127,26 @@ def merge(
         console.result(merging.execute(plan, Path(save_path), force=force, on_gpu=device == "cuda").line())
 
     return Job(run)
+
+
+def is_llava(folder: Path, others: Sequence[str], visual_encoder: str | None) -> bool:
+    """Tell whether a folder holds the parts of a LLaVA.
+
+    Args:
+        folder: what is merged.
+        others: options that are given and have no meaning for a LLaVA.
+        visual_encoder: which has a meaning for a LLaVA only.
+
+    Raises:
+        UsageError: an option that has no meaning.
+    """
+    if (folder / "projector" / "config.json").is_file():
+        if others:
+            raise UsageError(f"{others[0]}: {folder} holds the parts of a LLaVA, for which it is not built")
+        return True
+    if visual_encoder is not None:
+        raise UsageError(f"--visual-encoder is for the parts of a LLaVA; {folder} has no projector/")
+    return False
 
 
 def checked_blocksize(blocksize: int) -> int:
@@ -119,6 +173,9 @@ def with_weight(text: str) -> tuple[Path, float]:
     if not separator or Path(text).is_dir():
         return Path(text), 1.0
     try:
-        return Path(folder), float(weight)
+        number = float(weight)
     except ValueError:
-        raise UsageError(f"convert merge: --adapter {text}: `{weight}` is not a weight; write DIR:0.5") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"convert merge: --adapter {text}: `{weight}` is not a weight; write DIR:0.5")
+    return Path(folder), number

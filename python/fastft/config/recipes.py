@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastft.config import llava_recipes
 from fastft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def names() -> list[str]:
         for data in data_sets().values()
         if _suits(model, method, data)
     ]
-    return [*_named(), *sorted(products)]
+    llava = llava_recipes.names((model.name, model.family) for model in models().values() if model.kind == "chat")
+    return [*_named(), *sorted([*products, *llava])]
 
 
 def search(pattern: str) -> list[str]:
@@ -132,6 +134,9 @@ def tree(name: str) -> "Branch":
 
     if name in _named():
         return _named_recipe(name)
+    together = _llava_recipe(name)
+    if together is not None:
+        return together
     recipe = parts(name)
     merged: Tree = _model_tree(recipe.model)
     for part in (f"methods/{recipe.method}", f"data/{recipe.data.name}"):
@@ -141,6 +146,32 @@ def tree(name: str) -> "Branch":
             place = f"recipe {name}"
             leaf = Branch({key: Leaf(number, str(number), place)}, place)
             merged = merge(merged, Branch({section: leaf}, place))
+    assert isinstance(merged, Branch)
+    return merged
+
+
+def _llava_recipe(name: str) -> "Branch | None":
+    """The config of a LLaVA that is put together; None: the name is no such recipe."""
+    from fastft.config.tree import Branch, Leaf, merge
+
+    found = llava_recipes.taken_apart(name)
+    if found is None or found.model not in models() or models()[found.model].family not in llava_recipes.FAMILIES:
+        return None
+    numbers = _tail(found.tail)
+    if numbers is None:
+        return None
+    merged: Tree = _model_tree(models()[found.model])
+    for part in found.parts:
+        merged = merge(merged, _part(part))
+    place = f"recipe {name}"
+    for section, key in (("train", "epochs"), ("data", "max_length")):
+        number = numbers.get(key)
+        if number is not None:
+            leaf = Branch({key: Leaf(number, str(number), place)}, place)
+            merged = merge(merged, Branch({section: leaf}, place))
+    if found.projector is not None:
+        leaf = Branch({"projector": Leaf(found.projector, found.projector, place)}, place)
+        merged = merge(merged, Branch({"vision": leaf}, place))
     assert isinstance(merged, Branch)
     return merged
 
@@ -287,14 +318,14 @@ def _tail(words: str) -> dict[str, int] | None:
 
 def _alike(words: list[str], everything: list[str]) -> Iterator[tuple[int, int, int, str]]:
     """Names that hold, for each word, a word spelled like it; fewer corrections first."""
-    import difflib
+    from fastft import spelling
 
     vocabulary = sorted(
         {word for name in everything for word in name.split("_")} | models().keys() | data_sets().keys()
     )
     meant = []
     for word in words:
-        close = [word] if word in vocabulary else difflib.get_close_matches(word, vocabulary, n=4, cutoff=0.6)
+        close = [word] if word in vocabulary else spelling.nearest(word, vocabulary, n=4, cutoff=0.6)
         if not close and not any(word in known for known in vocabulary):
             return
         meant.append(close or [word])
@@ -305,13 +336,13 @@ def _alike(words: list[str], everything: list[str]) -> Iterator[tuple[int, int, 
 
 
 def _unknown(name: str) -> str:
-    import difflib
+    from fastft import spelling
 
     if len(name) > MAX_NAME:
         return f"config {name[:MAX_NAME]}...: no such file and no such recipe; names of recipes are shorter."
-    close = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.75) or search(name)[:3]
+    close = spelling.nearest(name.lower(), names(), n=3, cutoff=0.75) or search(name)[:3]
     if not close:
-        close = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.5)
+        close = spelling.nearest(name.lower(), names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "a recipe is MODEL_METHOD_DATA[_eN]."
     return f"config {name!r}: no such file and no such recipe; {hint} `fastft list-cfg -p WORD` searches."
 

@@ -3,7 +3,7 @@
 `plan` reads headers only and refuses everything that cannot be right; `execute` (of `rewrite`) runs the plan.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -42,6 +42,7 @@ from fastft.errors import PlanError, UsageError
 __all__ = [
     "RewritePlan",
     "as_trained",
+    "base_notes",
     "execute",
     "four_bit_base",
     "output_dtype",
@@ -98,7 +99,7 @@ def plan(
         tensors = _onto_four_bit(tensors, base, seen, read)
     peft_layers.check(tensors)
     notes = [
-        *_base_notes(base, read, seen, quantize, asked=four_bit != "auto"),
+        *base_notes(base, read, seen, quantize, asked=four_bit != "auto"),
         *_peft_notes(read, match_peft=match_peft),
         *classifier.notes(base, read),
     ]
@@ -245,21 +246,12 @@ def _onto_four_bit(
         )
     skipped = {name for adapter, _ in adapters for name in _quantization(adapter).get("skip") or ()}
     transposed = base.config.get("model_type") in CONV1D_MODELS
+    by_class = quantized.held_in_training(base, skipped)
     changed: list[OutputTensor] = []
     for tensor in tensors:
-        path = tensor.name.removesuffix(".weight")
-        held_in_4_bit = (
-            tensor.name in base.tensors
-            and len(tensor.shape) == 2
-            and tensor.name.endswith(".weight")
-            and not is_embedding(tensor.name)
-            and not tensor.name.endswith(("lm_head.weight", "output.weight"))
-            and ".experts." not in tensor.name
-            and path not in skipped
-            and base.tensors[tensor.name].dtype in FLOATS
-            and not classifier.is_brought(tensor.name, base)
-        )
-        if not held_in_4_bit:
+        held = _is_linear(tensor, skipped) if by_class is None else tensor.name in by_class
+        is_float = tensor.name in base.tensors and base.tensors[tensor.name].dtype in FLOATS
+        if not held or not is_float or classifier.is_brought(tensor.name, base):
             changed.append(tensor)
             continue
         if isinstance(tensor.operation, PeftLayer):
@@ -276,6 +268,18 @@ def _onto_four_bit(
             operation = Cast(operation.source)
         changed.append(replace(tensor, operation=operation))
     return changed
+
+
+def _is_linear(tensor: OutputTensor, skipped: Collection[str]) -> bool:
+    """Tell by its name whether a tensor is a linear layer that was held in 4 bit."""
+    return (
+        len(tensor.shape) == 2
+        and tensor.name.endswith(".weight")
+        and not is_embedding(tensor.name)
+        and not tensor.name.endswith(("lm_head.weight", "output.weight"))
+        and ".experts." not in tensor.name
+        and tensor.name.removesuffix(".weight") not in skipped
+    )
 
 
 def _dtype_of(tensors: Sequence[OutputTensor], names: Mapping[str, bool]) -> str:
@@ -480,7 +484,7 @@ def _vocab_size(base: Checkpoint, joined: Joined) -> int | None:
     return sizes.pop() if sizes else None
 
 
-def _base_notes(
+def base_notes(
     base: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],
     four_bit: FourBit | None,
@@ -531,7 +535,12 @@ def _peft_notes(adapters: Sequence[tuple[Adapter, float]], *, match_peft: bool) 
 def _quantization(adapter: Adapter) -> Mapping[str, Any]:
     """Give the `quantization` of fastft_training.json, empty where there is none."""
     quantization = (adapter.training or {}).get("quantization")
-    return quantization if isinstance(quantization, dict) else {}
+    if quantization is not None and not isinstance(quantization, dict):
+        raise PlanError(
+            f"{adapter.folder}: its fastft_training.json says quantization = {quantization!r}, and an object is expected;"
+            " say --dequantized-base none, nf4 or fp4"
+        )
+    return quantization or {}
 
 
 def _kind(quantization: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ Source: core_model_loading.py and conversion_mapping.py of transformers 5.23; Pa
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -186,6 +186,25 @@ class ModelNames:
                     " with transformers"
                 )
             raise CheckpointError(f"the files of the base have no tensor for {parameter}")
+        return found
+
+    def linear_files(self, skipped: Collection[str]) -> set[str]:
+        """Find the tensors of the files that were held in 4 bit by a training that left the modules `skipped` as they were.
+
+        Raises:
+            PlanError: a linear layer lies in the files in pieces, or fused with others.
+        """
+        found: set[str] = set()
+        for path, _ in self._linear():
+            if path in skipped:
+                continue
+            name = self._same.get(Key(f"{path}.weight"))
+            if name is None:
+                raise PlanError(
+                    f"the linear layer {path} lies in the files in other pieces, so what the training saw of it in 4 bit"
+                    " cannot be made; say --dequantized-base none to merge onto the weights as they are"
+                )
+            found.add(name)
         return found
 
     def _linear(self) -> Iterator[tuple[str, bool]]:

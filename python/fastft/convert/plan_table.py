@@ -1,6 +1,7 @@
 """How a plan is shown: a table of at most 80 columns, and JSON for other programs."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -35,11 +36,8 @@ def as_table(plan: "RewritePlan", needed: "Estimate") -> str:
     lines = [f"base     {plan.base.folder}"]
     for adapter, weight in plan.adapters:
         lines.append(f"adapter  {adapter.folder}" + (f"  x {weight:g}" if weight != 1.0 else ""))
-    lines += ["", _row("tensor", "shape", "dtype", "what", "in"), "-" * _WIDTH]
+    lines += ["", *tensor_lines(plan.shards)]
     num_shards = len(plan.shards)
-    for number, shard in enumerate(plan.shards, 1):
-        lines += [_tensor_row(tensor, number) for tensor in shard.tensors]
-    lines += ["-" * _WIDTH]
     lines.append(
         f"{len(plan.tensors)} tensors, {len(plan.changed)} changed, {readable(plan.num_bytes)} in {num_shards}"
         f" file{'s' if num_shards > 1 else ''}"
@@ -54,6 +52,14 @@ def as_table(plan: "RewritePlan", needed: "Estimate") -> str:
         lines.append("config.json: quantization_config is added")
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def tensor_lines(shards: Sequence[Shard]) -> list[str]:
+    """Write a line per tensor, between rules."""
+    lines = [_row("tensor", "shape", "dtype", "what", "in"), "-" * _WIDTH]
+    for number, shard in enumerate(shards, 1):
+        lines += [_tensor_row(tensor, number) for tensor in shard.tensors]
+    return [*lines, "-" * _WIDTH]
 
 
 def as_json(plan: "RewritePlan", needed: "Estimate") -> str:

@@ -8,12 +8,12 @@ its tensors must do.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import prod
 from typing import Any
 
+from fastft import spelling
 from fastft.convert.bitsandbytes_layout import STATE
 from fastft.convert.folder import Checkpoint
 from fastft.convert.four_bit import NESTED_BLOCK, FourBit, code_book, dynamic_map
@@ -76,6 +76,23 @@ def layers(base: Checkpoint, skip: Sequence[str] = ()) -> Layers:
     experts = any(".experts." in name for name in base.tensors if name not in found.tensors)
     note += ", not the experts of a layer, which are one parameter" if experts else ", not embeddings and heads"
     return Layers(found.tensors, found.skip, (*found.notes, note))
+
+
+def held_in_training(base: Checkpoint, skipped: Collection[str]) -> set[str] | None:
+    """Find the tensors that a QLoRA training of a vision-language model held in 4 bit.
+
+    Its linear layers lie in several models at once, beside tables that look like them (positions), and `skipped` has
+    their names as modules, which differ from those of the files: only the class knows.
+
+    Returns:
+        Names in the files; None for a model of which the names say enough, or whose class is not known here.
+    """
+    if base.config.get("auto_map") or not isinstance(base.config.get("vision_config"), dict):
+        return None
+    from fastft.convert.names_transformers import ModelNames, build_model
+
+    shapes = {name: source.shape for name, source in base.tensors.items()}
+    return ModelNames(shapes, build_model(base.config, None)).linear_files(skipped)
 
 
 def quantized(tensors: Sequence[OutputTensor], chosen: Mapping[str, bool], four_bit: FourBit) -> list[OutputTensor]:
@@ -183,7 +200,7 @@ def _check_skip(skip: Sequence[str], paths: Sequence[str], what: str) -> None:
             raise UsageError(f"--skip {pattern}: is no regular expression: {error}") from error
         if not known:
             ends = {path.rpartition(".")[2] for path in paths}
-            near = get_close_matches(pattern, [*sorted(ends), *paths], n=1)
+            near = spelling.nearest(pattern, [*sorted(ends), *paths], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"--skip {pattern}: no linear layer of {what} has that name{hint}")
 

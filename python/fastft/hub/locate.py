@@ -4,13 +4,13 @@ Comes from `model.name` and `data.train.N.source` of a config; the folder goes t
 hub, and the network is asked last.
 """
 
-import difflib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fastft import spelling
 from fastft.config.mask import masked
 from fastft.errors import ConfigError, FileError, HubError
 from fastft.hub import huggingface, modelscope
@@ -22,7 +22,10 @@ Hub = Literal["huggingface", "modelscope"]
 
 PACKAGE = Path(__file__).parent.parent
 DEMO_MODEL = PACKAGE / "demo" / "base"
+DEMO_TOWER = PACKAGE / "demo" / "clip"
 DEMO_DATA = PACKAGE / "demo" / "data"
+# Models that come with fastft: what the demo starts from, and the vision tower of demo_vision.
+DEMO_MODELS = {"demo": DEMO_MODEL, "demo/clip": DEMO_TOWER}
 DEMO_TEXT = "demo/text"  # made on first use: 17 MB that its generator writes in two seconds
 UNSET = "SET_ME"  # stands in the recipes custom_sft and custom_pretrain where the user's own data belongs
 DATA_KINDS = frozenset({".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz"})
@@ -128,8 +131,8 @@ def local_model(name: str) -> Path | None:
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return path
-    if name == "demo":
-        return DEMO_MODEL
+    if name in DEMO_MODELS:
+        return DEMO_MODELS[name]
     if path.is_dir():
         raise HubError(f"model {name}: this folder holds no config.json, so it is no model; give a model's folder.")
     if path.exists():
@@ -180,7 +183,7 @@ def _similar(path: Path) -> str:
     """A hint at a name like it in the same folder, or at the folder that is missing."""
     if not path.parent.is_dir():
         return f" The folder {path.parent} does not exist either."
-    close = difflib.get_close_matches(path.name, (entry.name for entry in path.parent.iterdir()), n=1)
+    close = spelling.nearest(path.name, (entry.name for entry in path.parent.iterdir()), n=1)
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 

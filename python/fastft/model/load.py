@@ -4,7 +4,6 @@
 The order matters to a run, which checks its data (tokenizer needed) before it reads gigabytes of weights.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from fastft.errors import CheckpointError, ConfigError
 from fastft.model import (
     adapter,
     device,
+    folder_check,
     freeze,
+    llava,
     lora_start,
     memory,
     placement,
@@ -93,6 +94,7 @@ def locate(model: schema.Model) -> Base:
 
     folder = Path(hub.model(model))
     config_json = read_config(folder)
+    folder_check.check_small_files(folder)
     is_local = model.name == "demo" or Path(model.name).expanduser().exists()
     name = str(folder.resolve()) if is_local else model.name
     kind = str(config_json.get("model_type", ""))
@@ -117,14 +119,13 @@ def read_model_config(base: Base, **settings: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
+    kind = base.config_json.get("model_type", "unknown")
+    own_code = base.config_json.get("auto_map") and not settings.get("trust_remote_code")
+    hint = " (it comes with code of its own, which model.trust_remote_code: true would run)" if own_code else ""
+    # With the answer False a library does not ask on the terminal whether it may run code.
+    settings = {"trust_remote_code": False, **settings}
+    with folder_check.library_errors(f"model {base.folder}: model type {kind} cannot be read{hint}"):
         return AutoConfig.from_pretrained(base.weights_folder, **settings)
-    except (ValueError, OSError, KeyError) as cause:
-        kind = base.config_json.get("model_type", "unknown")
-        hint = ""
-        if base.config_json.get("auto_map") and not settings.get("trust_remote_code"):
-            hint = "; it comes with code of its own, which model.trust_remote_code: true would run"
-        raise CheckpointError(f"model {base.folder}: model type {kind} cannot be read{hint}") from cause
 
 
 def load(config: schema.Config) -> Loaded:
@@ -139,10 +140,13 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     Raises:
         ConfigError: the method does not fit the checkpoint.
         CheckpointError: weights or config cannot be read, or the tokenizer knows more tokens than the model.
+        FileError: the folder changed while it was read.
     """
-    quiet.prepare_libraries()
+    from fastft.convert.source import check_unchanged, looked_at
 
+    quiet.prepare_libraries()
     quiet.hide_loading_bars()
+    seen = looked_at(base.weights_folder)
     on = device.choose()
     kind = weights_kind(config.method.kind)
     stored_4bit = quantization.of_checkpoint(base.config_json)
@@ -156,7 +160,9 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     model_config = read_model_config(base, **settings)
     if config.task == "reward":
         model_config.num_labels, model_config.pad_token_id = 1, pad_id(tokenizer)
-    as_class = vision.model_class() if config.vision is not None else model_class(config.task)
+    in_parts = config.vision is not None and config.vision.tower is not None
+    sees = config.vision is not None and not in_parts
+    as_class = vision.model_class() if sees else model_class(config.task)
     device.share_cores(model_config, on)
     dtype = device.weights_dtype(config.model.dtype, checkpoint_dtype(base), kind, on)
     products = device.products_dtype(config.model.dtype, dtype, kind, on)
@@ -169,7 +175,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     else:
         if kind == "qlora" and stored_4bit is None:
             assert config.method.quantization is not None
-            skip = vision.unquantized(model_config) if config.vision is not None else None
+            skip = vision.unquantized(model_config) if sees else None
             settings["quantization_config"] = quantization.settings(config.method.quantization, on, skip)
         elif stored_4bit is not None:
             console.note("model: the checkpoint is already 4-bit; it is used as it is")
@@ -177,11 +183,14 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
         places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on), as_class)
         model = _read(as_class, base, model_config, dtype, settings=settings, places=places)
-    _check_vocabulary(model, tokenizer, base)
+    check_unchanged(tuple(found for path, found in seen.items() if path.suffix in (".safetensors", ".bin", ".json")))
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
         quantization.make_safe(model)
         quantized = quantization.describe(model)
+    if in_parts:
+        model = llava.read(config, model, tokenizer)
+    _check_vocabulary(model, tokenizer, base)
     speed.install(model, fast)
     if config.method.lora is not None:
         learn = None if config.vision is None else config.vision.learn
@@ -189,6 +198,8 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         lora_start.start(model, config.method.lora, base.weights_folder)
     elif config.vision is not None:
         vision.freeze(model, config.vision.learn)
+    if config.vision is not None:
+        vision.freeze_unused(model)
     if config.method.trained_layers is not None:
         freeze.freeze(model, config.method.trained_layers)
     switches = memory.choose(config, memory.facts_of(model, on), on)
@@ -202,16 +213,9 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as cause:
-        raise CheckpointError(f"model {folder}: config.json cannot be read; is this a model folder?") from cause
-    except ValueError as cause:
-        raise CheckpointError(f"model {folder}: config.json is no JSON: {cause}") from cause
-    if not isinstance(content, dict):
-        raise CheckpointError(f"model {folder}: config.json holds no JSON object")
-    return content
+    from fastft.convert.config_file import config_of
+
+    return config_of(folder)
 
 
 def checkpoint_dtype(base: Base) -> Any:

@@ -169,7 +169,8 @@ def lora_settings(model: Any, lora: schema.Lora, learn: schema.Learn) -> dict[st
         patterns += tower
         settings["rank_pattern"] = dict.fromkeys(tower, learn.tower_lora.r)
         settings["alpha_pattern"] = dict.fromkeys(tower, learn.tower_lora.alpha)
-    settings["target_modules"] = "|".join(patterns)
+    # Peft wants adapters somewhere; by this name it knows that what is trained whole is all.
+    settings["target_modules"] = "|".join(patterns) or "dummy-target-modules"
     settings["modules_to_save"] = whole or None
     return settings
 
@@ -184,6 +185,31 @@ def freeze(model: Any, learn: schema.Learn) -> None:
     }
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained[found.of(name)])
+
+
+def freeze_unused(model: Any) -> None:
+    """Take the gradient from the layers of a tower behind the one whose features are taken: none would ever come.
+
+    Processes that train together wait for the gradient of each weight that can have one.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    chosen = getattr(base.config, "vision_feature_layer", None)
+    used = chosen if isinstance(chosen, list) else [chosen] if isinstance(chosen, int) else []
+    layers = getattr(base.config.vision_config, "num_hidden_layers", None)
+    if not used or not isinstance(layers, int):
+        return
+    # The features of layer n come out of the first n layers; counted from the end, -1 is the last one's.
+    num_used = max(layer if layer >= 0 else layers + 1 + layer for layer in used)
+    behind = (
+        re.compile(rf"\.encoder\.layers?\.({'|'.join(map(str, range(num_used, layers)))})\.")
+        if num_used < layers
+        else None
+    )
+    for name, parameter in base.named_parameters():
+        if any(f"{tower}." in name for tower in TOWERS) and (
+            (behind is not None and behind.search(name)) or "post_layernorm" in name or ".head." in name
+        ):
+            parameter.requires_grad_(False)
 
 
 def trains_vision(learn: schema.Learn) -> bool:

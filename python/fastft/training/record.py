@@ -25,6 +25,7 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
     Keys: `fastft` (version), `recipe`, `task`, `method`, `seed`, `steps` (planned), `data` (rows, tokens, processes),
     `base` (`name`: hub id or absolute folder; `folder`; `revision`; `model_type`: of the original files;
     `laid_out_from`: "internlm2" when it was read in the Llama layout, so that adapter names are Llama's),
+    `llava` (of a LLaVA put together from parts: its tower and the layer that is used),
     `pad_token_id` (of the model in the training; a reward model needs it to score several texts at once),
     `quantization` (None, or how the base was held: model.quantization.Quantized), `memory` (the switches in use:
     model.memory.Switches; head "nf4" means that the adapter learned behind a 4-bit head), `speed` (what made it
@@ -47,12 +48,21 @@ def describe(config: schema.Config, loaded: Loaded, data: dict[str, int], steps:
             "laid_out_from": base.laid_out_from,
             "dtype": _dtype_of_base(loaded.model),
         },
-        "pad_token_id": getattr(loaded.model.config, "pad_token_id", None),  # a LLaVA has it in its parts
+        **_llava(config),
+        "pad_token_id": getattr(loaded.model.config, "pad_token_id", None),  # vision models keep none at the top
         "quantization": None if loaded.quantized is None else loaded.quantized.to_json(),
         "memory": loaded.memory.to_json(),
         "speed": loaded.speed.to_json(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES},
     }
+
+
+def _llava(config: schema.Config) -> dict[str, Any]:
+    if config.vision is None or config.vision.tower is None:
+        return {}
+    from fastft.training import llava_result
+
+    return {"llava": llava_result.about_parts(config)}
 
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:

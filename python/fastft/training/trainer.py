@@ -199,6 +199,12 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         )
         return EpochLoader(self.rows, batches, self.data_collator, pin=args.dataloader_pin_memory)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As Trainer's; nothing once all steps are made: a run resumed from its last checkpoint would make one more."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - the Trainer's name
         """Not counted: walking over all modules at each step costs more than a small model's forward."""
         return 0
@@ -322,7 +328,7 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         return None
 
     def _fill(self, folder: Path, states: Sequence[Any], weights: Mapping[str, torch.Tensor] | None) -> None:
-        save_model(self.model, self.tokenizer, folder, weights)
+        save_model(self.model, self.tokenizer, folder, weights, own_names=True)
         self._save_scaler(str(folder))
         for rank, state in enumerate(states):
             torch.save(state, folder / state_name(rank, len(states)))
@@ -429,7 +435,14 @@ def names_in_files(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, to
     return named
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    *,
+    own_names: bool = False,
+) -> None:
     """Write an adapter or a whole model with its tokenizer and chat template into an existing folder.
 
     Args:
@@ -437,8 +450,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, t
         tokenizer: goes with it.
         folder: exists and is empty.
         weights: the state dict, if the model holds only a part of each weight; else None.
+        own_names: keep the names that weights have in the model, by which a resumed run finds them, where the hub's files
+            have others (LLaVA, Mixtral, ...).
     """
-    given = {} if weights is None else {"state_dict": dict(weights)}
+    given: dict[str, Any] = {} if weights is None else {"state_dict": dict(weights)}
     config = model.get_base_model().config if hasattr(model, "get_base_model") else model.config
     use_cache, config.use_cache = config.use_cache, True  # off in training only
     try:
@@ -446,7 +461,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, t
             # peft would otherwise ask the hub for the base's config, to see whether embeddings were resized.
             model.save_pretrained(folder, save_embedding_layers=False, **given)
         else:
-            model.save_pretrained(folder, **given)
+            model.save_pretrained(folder, save_original_format=not own_names, **given)
     finally:
         config.use_cache = use_cache
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card

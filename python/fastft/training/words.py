@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastft import console
 from fastft.config import schema
-from fastft.errors import ConfigError
+from fastft.model import llava, processor, tokenizer, vision
 from fastft.model import load as model_load
-from fastft.model import processor, tokenizer, vision
 
 if TYPE_CHECKING:
     from fastft.data.vision import Seer
@@ -50,12 +49,15 @@ def _seeing(config: schema.Config, base: model_load.Base, settings: schema.Visio
     from fastft.data.vision import Seer
 
     if settings.tower is not None:
-        raise ConfigError("vision.tower: a LLaVA made of parts is not built yet; use a vision-language model")
-    kind = str(base.config_json.get("model_type"))
-    made = processor.load(base.weights_folder, settings, model_type=kind)
+        kind = "llava"
+        made = llava.read_processor(config, base.weights_folder)
+        token = int(made.image_token_id)
+    else:
+        kind = str(base.config_json.get("model_type"))
+        made = processor.load(base.weights_folder, settings, model_type=kind)
+        token = vision.image_token_id(model_load.read_model_config(base))
     if not getattr(made.tokenizer, "chat_template", None):
         made.tokenizer = tokenizer.with_template(made.tokenizer, config.model)
-    token = vision.image_token_id(model_load.read_model_config(base))
     folder = None if config.data.cache is None else cache.folder(config.data.cache)
     seer = Seer(made, token, settings, kind, folder=folder)
     if config.data.packing and not seer.packs:
