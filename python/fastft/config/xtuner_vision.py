@@ -93,8 +93,13 @@ def sources(
     function = take(*at, "dataset_map_fn")
     if str(getattr(function, "name", "")).endswith("llava_image_only_map_fn"):
         note("dataset_map_fn llava_image_only_map_fn: the words beside the image are kept in the prompt")
-    if take(*at, "pad_image_to_square"):
-        note("pad_image_to_square = True: images are prepared as the tower's own processor does")
+    learns_llm = not take("model", "freeze_llm") or take("model", "llm_lora") is not None
+    square = take(*at, "pad_image_to_square")
+    if square is not None and bool(square) != learns_llm and not is_internvl(settings):
+        note(
+            f"pad_image_to_square = {square}: pictures are cropped while the projector alone is trained, and filled up to"
+            " a square else"
+        )
     paths = settings.take_whole(*at, "data_path") or settings.take_whole(*at, "data_paths")
     folders = settings.take_whole(*at, "image_folder") or settings.take_whole(*at, "image_folders")
     times = settings.take_whole(*at, "repeat_times")
