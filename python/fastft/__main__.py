@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from fastft import console
 from fastft.cli import table, words
 from fastft.cli.job import Job
-from fastft.errors import FastftError
+from fastft.errors import ConfigError, FastftError
 
 _AFTER_THE_FIRST_S = 2.0
 
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             _print_traceback()
         _let_the_first_speak()
-        console.error(str(problem))
+        # Only a config's mistakes are several; elsewhere a line break comes from a name in a file.
+        console.error(str(problem) if isinstance(problem, ConfigError) else console.one_line(str(problem)))
         return problem.exit_code
     except KeyboardInterrupt:
         console.note("stopped")
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             _print_traceback()
         console.error(
-            f"this is a bug in fastft, not a mistake of yours: {type(problem).__name__}: {problem}\n"
+            f"this is a bug in fastft, not a mistake of yours: {type(problem).__name__}: {console.one_line(str(problem))}\n"
             "       run the same command with --debug to see where it happened"
         )
         return 1

@@ -156,7 +156,9 @@ def execute(plan: PthPlan, save_path: Path, *, force: bool = False) -> PthReport
             folder = stage / part.folder
             folder.mkdir(exist_ok=True)
             if any(shard.tensors for shard in part.shards):
-                num_tensors += write_shards(part.shards, folder, "converting", single=part.single).num_tensors
+                num_tensors += write_shards(
+                    part.shards, folder, "converting", single=part.single, finite=True
+                ).num_tensors
             copy_side_files(dict(part.side_files), folder)
             for name, content in part.texts.items():
                 (folder / name).write_bytes(content)

@@ -126,7 +126,7 @@ def execute(plan: RewritePlan, save_path: Path, *, force: bool = False, on_gpu: 
     with publish.staged(save_path, force=force, num_bytes=num_bytes) as stage:
         tensors = offsets.found(peft_layers.materialized(plan.tensors, stage))
         shards = into_shards(tensors, plan.max_shard_size_bytes)
-        write_shards(shards, stage, plan.doing, on_gpu=on_gpu)
+        write_shards(shards, stage, plan.doing, on_gpu=on_gpu, finite=True)
         copy_side_files(dict(plan.side_files), stage)
         (stage / "config.json").write_bytes(edited_text(plan.base.folder / "config.json", plan.base.config, plan.edits))
         num_checked = check_sample(tensors, stage)

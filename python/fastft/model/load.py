@@ -4,7 +4,6 @@
 The order matters to a run, which checks its data (tokenizer needed) before it reads gigabytes of weights.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fastft.errors import CheckpointError, ConfigError
 from fastft.model import (
     adapter,
     device,
+    folder_check,
     freeze,
     llava,
     lora_start,
@@ -94,6 +94,7 @@ def locate(model: schema.Model) -> Base:
 
     folder = Path(hub.model(model))
     config_json = read_config(folder)
+    folder_check.check_small_files(folder)
     is_local = model.name == "demo" or Path(model.name).expanduser().exists()
     name = str(folder.resolve()) if is_local else model.name
     kind = str(config_json.get("model_type", ""))
@@ -118,14 +119,13 @@ def read_model_config(base: Base, **settings: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
+    kind = base.config_json.get("model_type", "unknown")
+    own_code = base.config_json.get("auto_map") and not settings.get("trust_remote_code")
+    hint = " (it comes with code of its own, which model.trust_remote_code: true would run)" if own_code else ""
+    # With the answer False a library does not ask on the terminal whether it may run code.
+    settings = {"trust_remote_code": False, **settings}
+    with folder_check.library_errors(f"model {base.folder}: model type {kind} cannot be read{hint}"):
         return AutoConfig.from_pretrained(base.weights_folder, **settings)
-    except (ValueError, OSError, KeyError) as cause:
-        kind = base.config_json.get("model_type", "unknown")
-        hint = ""
-        if base.config_json.get("auto_map") and not settings.get("trust_remote_code"):
-            hint = "; it comes with code of its own, which model.trust_remote_code: true would run"
-        raise CheckpointError(f"model {base.folder}: model type {kind} cannot be read{hint}") from cause
 
 
 def load(config: schema.Config) -> Loaded:
@@ -213,16 +213,9 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as cause:
-        raise CheckpointError(f"model {folder}: config.json cannot be read; is this a model folder?") from cause
-    except ValueError as cause:
-        raise CheckpointError(f"model {folder}: config.json is no JSON: {cause}") from cause
-    if not isinstance(content, dict):
-        raise CheckpointError(f"model {folder}: config.json holds no JSON object")
-    return content
+    from fastft.convert.config_file import config_of
+
+    return config_of(folder)
 
 
 def checkpoint_dtype(base: Base) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 
 from fastft import stop
 from fastft.config import schema
-from fastft.errors import CheckpointError, ConfigError
+from fastft.errors import ConfigError
+from fastft.model import folder_check, quantization
 from fastft.model import load as model_load
-from fastft.model import quantization
 from fastft.plan.accounting import Subject
 
 _LAID_OUT_AS_LLAMA = ("internlm", "internlm2")
@@ -76,10 +76,8 @@ def _read_as(config: schema.Config, kind: str, config_json: Mapping[str, Any]) -
     with stop.held(), tempfile.TemporaryDirectory() as folder:
         content = {key: value for key, value in config_json.items() if key != "auto_map"}
         (Path(folder) / "config.json").write_text(json.dumps(content))
-        try:
-            return AutoConfig.from_pretrained(folder)
-        except (ValueError, OSError, KeyError) as cause:
-            raise CheckpointError(f"model {config.model.name}: config.json cannot be read: {cause}") from cause
+        with folder_check.library_errors(f"model {config.model.name}: config.json cannot be read"):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _dtype(config_json: Mapping[str, Any]) -> Any:
