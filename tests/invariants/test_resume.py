@@ -291,3 +291,32 @@ def test_every_task_and_method_resumes_exactly(task: str, changes: dict[str, obj
     for line in (*lines, *expected):
         [line.pop(name, None) for name in ("tokens_per_s", "memory_gib")]
     assert lines == expected
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_exactly(
+    folder: Path, unbroken: run.RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its states are .pt and .pth files; they are read without torch.load, and one line says so."""
+    import shutil
+
+    old = tmp_path / "old"
+    shutil.copytree(unbroken.run_dir, old)
+    shutil.rmtree(old / "adapter")
+    shutil.rmtree(old / "checkpoint-9")
+    place = old / "checkpoint-8"
+    for name in ("optimizer", "scheduler"):
+        torch.save(state.read(place, name), place / f"{name}.pt")
+    torch.save(state.read(place, "processes")[0], place / "rng_state.pth")
+    shutil.rmtree(place / state.FOLDER)
+    manifest = json.loads((place / checkpoint.MANIFEST).read_text())
+    names = [name for name in manifest["files"] if not name.startswith(state.FOLDER)]
+    names += ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    del manifest["sha256"]
+    manifest["files"] = {name: (place / name).stat().st_size for name in names}
+    (place / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    done = run.run(_config(folder), work_dir=old, resume="auto")
+    said = capsys.readouterr().err
+    assert said.count("pickles of an earlier version") == 1
+    assert "going on from" in said
+    assert "checkpoint-8" in said
+    _same(unbroken.artifact / "adapter_model.safetensors", done.artifact / "adapter_model.safetensors")

@@ -110,7 +110,9 @@ def check(folder: Path, step: int, processes: int | None = None) -> None:
     where = str(folder) if is_old(folder) else str(folder / TREE)
     if is_old(folder):
         found = {part: [value for _, value in _old_tree(folder, part)] for part in _PARTS}
-        parts = {part: values if part == "processes" else next(iter(values), None) for part, values in found.items()}
+        parts: dict[str, Any] = {
+            part: values if part == "processes" else next(iter(values), None) for part, values in found.items()
+        }
     else:
         tree, sources = _tree(folder)
         parts = {part: _decoded(tree.get(part), sources, where, lambda source: source) for part in _PARTS}
@@ -131,7 +133,7 @@ def check(folder: Path, step: int, processes: int | None = None) -> None:
     if not isinstance(groups, list) or not groups:
         raise CheckpointError(f"{where}: the optimizer has no groups of weights")
     for group in groups:
-        rate = group.get("lr") if isinstance(group, dict) else None
+        rate: Any = group.get("lr") if isinstance(group, dict) else None
         if type(rate) not in (int, float) or not math.isfinite(rate):
             raise CheckpointError(f"{where}: an lr of the optimizer is {_short(rate)}; a number is expected")
 
@@ -206,7 +208,8 @@ def _in_order(value: "torch.Tensor") -> tuple["torch.Tensor", list[int] | None]:
     """
     if value.is_contiguous():
         return value, None
-    order = sorted(range(value.dim()), key=lambda dim: -value.stride(dim))
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
     turned = value.permute(order)
     return (turned, order) if turned.is_contiguous() else (value.contiguous(), None)
 
@@ -270,7 +273,8 @@ def _tensor(source: Source) -> "torch.Tensor":
     found = torch.empty(source.shape, dtype=getattr(torch, _DTYPES[source.dtype]))
     if found.numel() == 0:
         return found
-    memory = memoryview(found.reshape(-1).view(torch.uint8).numpy())
+    array: Any = found.reshape(-1).view(torch.uint8).numpy()
+    memory = memoryview(array)
     try:
         with source.file.open("rb", buffering=0) as file:
             file.seek(source.offset)
