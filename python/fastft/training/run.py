@@ -477,6 +477,7 @@ def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
     """
     import torch
 
+    from fastft.model import vision
     from fastft.training import sharding
 
     dtype = model_load.checkpoint_dtype(loaded.base)
@@ -488,7 +489,11 @@ def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
             f"result: a weight is {largest:g}, too large for the base's {device.short_name(dtype)}; kept as fp32"
         )
         return
+    adapters = {name: p.detach().clone() for name, p in loaded.model.named_parameters() if vision.is_adapter(name)}
     loaded.model.to(dtype)
+    for name, parameter in loaded.model.named_parameters():
+        if name in adapters:  # fp32, as every adapter
+            parameter.data = adapters[name]
     console.note(f"result: written in {device.short_name(dtype)}, as the base is; the last checkpoint holds fp32")
 
 
