@@ -70,7 +70,7 @@ def start(adapted: Any, lora: schema.Lora, original: Path, *, in_parts: bool = F
                 begun[f"{name}.lora_A.weight"] = A0_RI.cpu().contiguous()
                 begun[f"{name}.lora_B.weight"] = B0_OR.cpu().contiguous()
             else:
-                held_OI = _held(name, layer.base_layer)
+                held_OI = _held(layer.base_layer, name)
                 lost_OI = stored.read(name, held_OI.shape).to(held_OI.device) - held_OI
                 A0_RI, B0_OR = _pissa(lost_OI, rank, scale)
             A_RI.copy_(A0_RI)
@@ -195,7 +195,7 @@ def _rank(weight_OI: torch.Tensor, rank: int) -> int:
     return rank
 
 
-def _held(name: str, base: Any) -> torch.Tensor:
+def _held(base: Any, name: str = "a layer with an adapter") -> torch.Tensor:
     """What 4 bits made of a weight, fp32 [O, I]."""
     from fastft.model import fused_lora
 

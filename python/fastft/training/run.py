@@ -289,7 +289,15 @@ def _train(
     flatten = loaded.speed.attention == "flash_attention_2"
     learning = _learning(config, prepared, flatten=flatten)
     processor_files = _processor_files(config, prepared)
-    arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose(), fast=loaded.speed)
+    arguments = trainer.arguments(
+        config,
+        work_dir,
+        steps,
+        loaded.products,
+        device.choose(),
+        fast=loaded.speed,
+        some_without_images=config.vision is None or not prepared.data.train.collection.all_have_images,
+    )
 
     def beside(place: Path) -> None:
         record.write(place, about)
