@@ -258,6 +258,24 @@ def test_mistakes_in_chat_and_merge(parts: tuple[Path, Path, Path], tmp_path: Pa
     assert "is for the parts of a LLaVA" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("case", ["lora and tower", "full and tower"])
+def test_a_llava_of_ours_is_no_old_checkpoint(
+    parts: tuple[Path, Path, Path], tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its parts need no conversion, and a checkpoint on the way is the trainer's own."""
+    done = run.run(config(parts, *CASES[case]), work_dir=tmp_path / "run")
+    capsys.readouterr()
+    about = str(tmp_path / "run" / "config.yaml")
+    for place, reason in (
+        (tmp_path / "run", f"`fastft convert merge LLM {done.artifact} SAVE_PATH`"),
+        (done.artifact, f"`fastft convert merge LLM {done.artifact} SAVE_PATH`"),
+        (tmp_path / "run" / "checkpoint-6", "in the midst of the training of a LLaVA"),
+    ):
+        assert main(["convert", "pth_to_hf", about, str(place), str(tmp_path / "out")]) == 1
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 def test_parts_that_do_not_fit_are_refused_before_weights_are_read(
     parts: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,9 +230,24 @@ def _names(job: Job) -> dict[str, tuple[str, Source]]:
     return names
 
 
+def _refuse_llava_in_training(job: Job, names: Iterable[str]) -> None:
+    """Refuse a checkpoint of our training of a LLaVA made of parts.
+
+    Raises:
+        PlanError: saying how its result is written.
+    """
+    inside = next((name for name in names if "multi_modal_projector." in name or "vision_tower." in name), None)
+    if inside is not None and job.run.visual_encoder is not None:
+        raise PlanError(
+            f"{job.pth}: a checkpoint in the midst of the training of a LLaVA ({inside}); go on with `fastft train` and --resume"
+            " auto, whose end writes the parts into llava/"
+        )
+
+
 def _planned(job: Job) -> Planned:
     """Plan by what the checkpoint holds."""
     names = _names(job)
+    _refuse_llava_in_training(job, names)
     if _is_llava(names):
         from fastft.convert import pth_llava
 
