@@ -1,4 +1,4 @@
-"""fastft: fine-tune language models from config files; convert, merge and verify their weights.
+"""fastft: fine-tune language and vision-language models from config files; convert, merge and verify their weights.
 
 Importing this package costs nothing: torch, transformers and the native module are imported where they are needed.
 """

@@ -4,21 +4,34 @@
 anywhere on the line shows the traceback too.
 """
 
+from fastft import stop
+
+if __name__ == "__main__":
+    stop.listen()  # before the imports below, which take their time
+
 import inspect
 import os
-import signal
 import sys
 import time
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from fastft import console
 from fastft.cli import table, words
 from fastft.cli.job import Job
-from fastft.errors import FastftError
+from fastft.errors import ConfigError, FastftError
 
 _AFTER_THE_FIRST_S = 2.0
+
+
+def program() -> NoReturn:
+    """The process that the command line started: `main`, and Ctrl-C and SIGTERM."""
+    stop.listen()
+    code = main()
+    if code in (130, 143) and "wandb" not in sys.modules:  # which sends the rest of its lines at the end
+        stop.leave(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,18 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in typed or bool(os.environ.get("FASTFT_DEBUG"))
     typed = [word for word in typed if word != "--debug"]
-    signal.signal(signal.SIGTERM, _terminate)
     try:
         return _build(typed).run() or 0
     except FastftError as problem:
         if debug:
             _print_traceback()
         _let_the_first_speak()
-        console.error(str(problem))
+        # Only a config's mistakes are several; elsewhere a line break comes from a name in a file.
+        console.error(str(problem) if isinstance(problem, ConfigError) else console.one_line(str(problem)))
         return problem.exit_code
     except KeyboardInterrupt:
         console.note("stopped")
         return 130
+    except SystemExit as left:
+        if left.code not in (130, 143):
+            raise
+        return int(left.code)
     except BrokenPipeError:
         # The reader of our output left (`fastft list-cfg | head`); keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             _print_traceback()
         console.error(
-            f"this is a bug in fastft, not a mistake of yours: {type(problem).__name__}: {problem}\n"
+            f"this is a bug in fastft, not a mistake of yours: {type(problem).__name__}: {console.one_line(str(problem))}\n"
             "       run the same command with --debug to see where it happened"
         )
         return 1
@@ -127,9 +144,5 @@ def _print_traceback() -> None:
     print(masked(traceback.format_exc()), end="", file=sys.stderr)
 
 
-def _terminate(_signal: int, _frame: object) -> None:
-    raise SystemExit(143)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

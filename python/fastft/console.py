@@ -4,6 +4,7 @@ Results go to stdout (`result`), so that they can be piped; notes, warnings and 
 moving bars appear only on a terminal; elsewhere `progress` writes a plain line now and then. No token leaves through here.
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from fastft import stop
 from fastft.config.mask import masked
 
 if TYPE_CHECKING:
@@ -24,6 +26,11 @@ BAR_AFTER_S = 2.0
 PLAIN_LINE_EVERY_S = 10.0
 # Columns from which there is room for everything.
 WIDE = 110
+
+# Of an error: no path or name that a person wrote is longer; what a hostile file holds can be.
+_LONGEST_WORD = 300
+_LONGEST_LINE = 900
+_ENDLESS = re.compile(rf"\S{{{_LONGEST_WORD},}}")
 
 _consoles: "dict[str, Console]" = {}
 # The file that gets a copy of all notes (a run's log.txt), and whether this process keeps quiet (all but the first
@@ -73,8 +80,28 @@ def warn(text: str) -> None:
 
 
 def error(text: str) -> None:
-    """Tell why the command failed; printed by `__main__` only."""
-    _marked("error:", "red", text)
+    """Tell why the command failed; printed by `__main__` only.
+
+    A line break in `text` is one: escape it in what comes from outside (`one_line`).
+    """
+    _marked("error:", "red", "\n".join(map(_bounded, text.split("\n"))))
+
+
+def one_line(text: str) -> str:
+    """`text` as one line that can be read: control characters escaped, what is absurdly long cut in its middle."""
+    return _bounded(printable(text).replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def _bounded(line: str) -> str:
+    """Shorten words of more than `_LONGEST_WORD` characters and lines of more than `_LONGEST_LINE`."""
+    line = _ENDLESS.sub(lambda word: _cut(word[0], _LONGEST_WORD), line)
+    return _cut(line, _LONGEST_LINE)
+
+
+def _cut(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 2]}...({len(text)} characters)...{text[-longest // 4 :]}"
 
 
 def printable(text: str) -> str:
@@ -206,11 +233,12 @@ def progress(what: str, total: float, unit: str = "", start: float = 0) -> Itera
             shown = True
         bar.update(task, completed=done, text=text)
 
-    try:
-        yield advance
-    finally:
-        if shown:
-            bar.stop()
+    with stop.held():  # the bar has hidden the cursor
+        try:
+            yield advance
+        finally:
+            if shown:
+                bar.stop()
 
 
 def _plain_lines(what: str, total: float, unit: str, started: float, start: float) -> Advance:

@@ -366,8 +366,11 @@ def test_a_state_of_bitsandbytes_is_not_taken_unasked() -> None:
         ({"w.quant_map": None}, "quant_map is missing"),
         ({"w.nested_absmax": np.zeros(1, np.float32)}, "nested_absmax is there, and the text has none"),
         ({"w.quant_state.bitsandbytes__nf4": None}, "exactly one of quant_state.bitsandbytes__nf4"),
-        ({"w.quant_state.bitsandbytes__nf4": np.frombuffer(b"{", np.uint8)}, "quant_state is no JSON"),
-        ({"w.quant_state.bitsandbytes__nf4": np.frombuffer(b"[]", np.uint8)}, "quant_state is no JSON object"),
+        ({"w.quant_state.bitsandbytes__nf4": np.frombuffer(b"{", np.uint8)}, "quant_state: not JSON"),
+        (
+            {"w.quant_state.bitsandbytes__nf4": np.frombuffer(b"[]", np.uint8)},
+            "quant_state: a JSON object is expected, not list",
+        ),
         ({"w.quant_state.bitsandbytes__nf4": np.frombuffer(b"{}", np.uint8)}, "quant_state has quant_type = None"),
         ({"w.quant_map": np.zeros(16, np.float32)}, "quant_map is not the code book of bitsandbytes"),
         ({"w.absmax": np.zeros(5, np.float32)}, "absmax has 5 float32, and 4 float32 are needed"),

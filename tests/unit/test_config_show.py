@@ -66,7 +66,7 @@ TEXT = st.one_of(
         ]
     ),
 ).filter(lambda text: "://" not in text)
-WHOLE = st.integers(1, 2**31)
+WHOLE = st.integers(1, 65536)
 RATIO = st.floats(0, 1)
 ABOVE_0 = st.floats(1e-300, 1e300)
 MAYBE_TEXT = st.none() | TEXT

@@ -96,7 +96,8 @@ def test_merge_checks_itself(folders: tuple[Path, Path, Path], monkeypatch: pyte
     base, adapter, merged = folders
     plan = merge.plan(base, [(adapter, 1.0)])
 
-    def wrong(_shards: object, stage: Path, _what: str, *, on_gpu: bool) -> None:
+    def wrong(_shards: object, stage: Path, _what: str, *, on_gpu: bool, finite: bool) -> None:
+        assert finite
         assert not on_gpu
         tensors = load_file(merged / "model.safetensors")
         tensors[Q] += 0.01

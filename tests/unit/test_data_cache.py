@@ -210,9 +210,11 @@ def test_a_disk_that_does_not_keep_what_is_written_is_an_error(
         run(byte_tokenizer, source)
 
 
+@pytest.mark.parametrize("cache_folder", ["cache", None])
 def test_a_source_that_changes_while_it_is_read_is_refused(
-    byte_tokenizer: Any, source: Path, monkeypatch: pytest.MonkeyPatch
+    byte_tokenizer: Any, source: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: str | None
 ) -> None:
+    kept_in = None if cache_folder is None else str(source.parent / cache_folder)
     items = prepare_module.items
 
     def slow(*words: Any, **settings: Any) -> Any:
@@ -221,8 +223,8 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
 
     monkeypatch.setattr(prepare_module, "items", slow)
     with pytest.raises(DataError, match="the file changed while it was read"):
-        run(byte_tokenizer, source)
-    assert not list((source.parent / "cache").iterdir())
+        run(byte_tokenizer, source, cache=kept_in)
+    assert kept_in is None or not list(Path(kept_in).iterdir())
 
 
 def test_a_failed_run_leaves_nothing(byte_tokenizer: Any, source: Path) -> None:

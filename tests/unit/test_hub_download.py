@@ -276,7 +276,7 @@ def test_a_full_disk_is_said_before_the_first_byte(tmp_path, endpoint):
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: model acme/large: ")
-    assert "0.00 GB are needed, 0.00 GB are free" in done.stderr
+    assert "1.00 MB are needed, 1,000 bytes are free" in done.stderr
     assert not [asked for asked in Hub.asked if "/resolve/" in asked]
 
 

@@ -22,10 +22,21 @@ def test_a_resumed_run_drops_what_its_checkpoint_does_not_know(tmp_path: Path) -
     path = tmp_path / "metrics.jsonl"
     for step in range(1, 6):
         metrics.append(path, {"step": step, "loss": 1.0, "answer": "ein Löwe"})
-    metrics.drop_after(path, 3)
+    metrics.drop_after(path, 3, 6)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert "Löwe" in path.read_text()
-    metrics.drop_after(tmp_path / "missing.jsonl", 3)
+    metrics.drop_after(tmp_path / "missing.jsonl", 3, 6)
+
+
+def test_what_a_run_does_at_its_end_comes_after_its_last_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 2, "eval_loss": 2.0}, {"step": 3, "loss": 1.0}, {"step": 3, "eval_loss": 1.0}]
+    for line in [*lines, {"step": 3, "answer": "apple"}]:
+        metrics.append(path, line)
+    metrics.drop_after(path, 3, last=4)
+    assert len(metrics.read(path)) == 4
+    metrics.drop_after(path, 3, last=3)
+    assert metrics.read(path) == lines[:2]
 
 
 def test_the_plot_is_a_png_or_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import tiny_run
 from fastft.errors import ConfigError, DataError, FileError, TrainingError
-from fastft.training import checkpoint, run
+from fastft.training import checkpoint, refresh, run
 from fastft.training.trainer import FastftTrainer
 
 
@@ -198,12 +198,24 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoints(
         return loss * float("nan") if self.state.global_step == 3 else loss
 
     monkeypatch.setattr(FastftTrainer, "compute_loss", spoiled)
+    pages: list[str] = []
+    draw = refresh.draw
+
+    def kept(run_dir: Path, *args: Any, **kwargs: Any) -> None:
+        draw(run_dir, *args, **kwargs)
+        pages.append((run_dir / "report.html").read_text().split("</h1>\n<p>")[1])
+
+    monkeypatch.setattr(refresh, "draw", kept)
     config = tiny_run.config(model, data["sft"], output__save_steps=2)
     with pytest.raises(TrainingError, match=r"step 4: the loss is nan.*checkpoint-2 is whole: --resume auto"):
         run.run(config, work_dir=tmp_path / "run")
     assert [found.step for found in checkpoint.find(tmp_path / "run")] == [2]
-    # Drawn with the checkpoint, so a run can be looked at while it goes on.
-    assert "running, step 2 of 6" in (tmp_path / "run" / "report.html").read_text()
+    # The page says that the run has ended, and why; with the checkpoint it said that it is running.
+    assert pages[0].startswith("running, step 2 of 6")
+    assert (
+        "stopped: step 4: the loss is nan; the training stopped before"
+        in (tmp_path / "run" / "report.html").read_text()
+    )
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -231,7 +243,7 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
     assert stopped.value.code == code
     assert signal.getsignal(number) is before
     assert [found.step for found in checkpoint.find(tmp_path / "run")] == [3]
-    assert "stopped, step 3 of 6" in (tmp_path / "run" / "report.html").read_text()
+    assert f"stopped by {signal.Signals(number).name}, step 3 of 6" in (tmp_path / "run" / "report.html").read_text()
     said = capsys.readouterr().err
     assert "stopped after step 3" in said
     assert "--resume auto" in said
@@ -251,7 +263,9 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
         (folder / "half").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(FileError, match=r"cannot be written: No space left on device; .* MB are free there"):
+    with pytest.raises(
+        FileError, match=r"cannot write .*/checkpoint-7: No space left on device; make room .* are free there"
+    ):
         checkpoint.save(tmp_path, 7, fill, {})
     assert not [f for f in tmp_path.iterdir() if f.name.startswith("checkpoint") or "partial" in f.name]
 

@@ -8,7 +8,7 @@ when stdin is no terminal, each question stands alone and only answers go to std
 import sys
 from collections.abc import Sequence
 
-from fastft import console
+from fastft import console, stop
 from fastft.chat import session
 from fastft.data.dialogue import ImageRef, Message
 from fastft.errors import ConfigError, DataError, UsageError
@@ -46,7 +46,8 @@ def run(
             raise UsageError("chat: --prompt is empty")
         return _answer_alone(talk, sampling, system, prompt, images)
     if sys.stdin.isatty():
-        return _converse(talk, sampling, system, images)
+        with stop.held():
+            return _converse(talk, sampling, system, images)
     for line in sys.stdin:
         if line.strip():
             code = _answer_alone(talk, sampling, system, line.rstrip("\n"), images)
@@ -59,7 +60,8 @@ def _answer_alone(
     talk: session.Talk, sampling: session.Sampling, system: str | None, text: str, images: Sequence[ImageRef]
 ) -> int:
     try:
-        session.answer(talk, session.question(text, system, images), sampling, _write)
+        with stop.held():
+            session.answer(talk, session.question(text, system, images), sampling, _write)
     except KeyboardInterrupt:
         print()
         return 130

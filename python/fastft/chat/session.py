@@ -4,7 +4,6 @@ The template is the one that lies with the model, so training and chat cannot di
 adapter folder (its base is found by what adapter_config.json says) or a hub id; `answer` streams one answer.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from fastft import console
 from fastft.config import schema
+from fastft.convert.json_file import read_object
 from fastft.data.dialogue import IMAGE_MARK, ImageRef, Message
 from fastft.data.template import ChatTemplate
 from fastft.errors import CheckpointError, ConfigError, HubError
-from fastft.model import device, processor, quantization, quiet, tokenizer, vision, whole
+from fastft.model import device, folder_check, processor, quantization, quiet, tokenizer, vision, whole
 from fastft.model import load as model_load
 
 if TYPE_CHECKING:
     import torch
 
     from fastft.data.vision import Seer
+
+_MAX_RANK = 65536
 
 OnText = Callable[[str], None]
 
@@ -198,11 +200,12 @@ def answer(talk: Talk, messages: Sequence[Message] | str, sampling: Sampling, on
     streamer = _Stream(talk.tokenizer, on_text)
     with device.same_random(talk.model.device), torch.no_grad():
         torch.manual_seed(sampling.seed)
-        talk.model.generate(
-            **inputs,
-            generation_config=_generation(talk, sampling),
-            streamer=streamer,
-        )
+        with folder_check.library_errors("chat: the model cannot answer (do its weights hold undefined numbers?)"):
+            talk.model.generate(
+                **inputs,
+                generation_config=_generation(talk, sampling),
+                streamer=streamer,
+            )
     return streamer.text
 
 
@@ -283,16 +286,14 @@ def locate(model: str, hub: str, role: str | None) -> model_load.Base:
 
 
 def _base_of(adapter: Path) -> str:
-    try:
-        config: Mapping[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as cause:
-        raise CheckpointError(f"adapter {adapter}: adapter_config.json is no JSON: {cause}") from cause
-    name = config.get("base_model_name_or_path")
+    name = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"adapter {adapter}: base_model_name_or_path must be a text, it is {name!r}")
     if not name:
         raise CheckpointError(
             f"adapter {adapter}: it does not name its base; use: fastft chat BASE --adapter {adapter}"
         )
-    return str(name)
+    return name
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -351,16 +352,40 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     Raises:
         CheckpointError: it is none, does not fit, or does not talk.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    if not (adapter / "adapter_config.json").is_file():
+    from fastft.convert.folder import read_safetensors
+
+    if not (adapter / "adapter_config.json").exists():
         raise CheckpointError(f"adapter {adapter}: there is no adapter_config.json; is this an adapter folder?")
-    if json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS":
+    settings = read_object(adapter / "adapter_config.json")
+    if settings.get("task_type") == "SEQ_CLS":
         raise CheckpointError(f"adapter {adapter}: a reward model gives an answer a number; it does not talk")
-    try:
-        with warnings.catch_warnings():
-            # peft only warns of weights that the file lacks, and leaves them as they were drawn.
-            warnings.filterwarnings("error", message=r"(?s).*missing adapter keys", category=UserWarning)
-            return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, OSError, UserWarning) as cause:
-        raise CheckpointError(f"adapter {adapter}: does not fit the model: {str(cause).splitlines()[0]}") from cause
+    _check_kind(settings, adapter)
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.exists():
+        pickle = adapter / "adapter_model.bin"
+        hint = f"; {pickle.name} is a pickle, which chat does not read: `convert merge` does" if pickle.exists() else ""
+        raise CheckpointError(f"adapter {adapter}: there is no {weights.name}{hint}")
+    there = set(read_safetensors(weights))
+    with folder_check.library_errors(f"adapter {adapter}: does not fit the model"), warnings.catch_warnings():
+        # peft only warns of weights that the file lacks, and leaves them as they were drawn.
+        warnings.filterwarnings("error", message=r"(?s).*missing adapter keys", category=UserWarning)
+        adapted = PeftModel.from_pretrained(model, adapter)
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if there - wanted:
+        raise CheckpointError(
+            f"adapter {adapter}: {min(there - wanted)} of {weights.name} has no place in the model; it is of another model"
+        )
+    return adapted
+
+
+def _check_kind(settings: Mapping[str, Any], adapter: Path) -> None:
+    """Refuse settings with which peft would import modules by name, or make matrices of any size."""
+    from peft import PeftType
+
+    kind, rank = settings.get("peft_type"), settings.get("r")
+    if not isinstance(kind, str) or kind not in set(PeftType):
+        raise CheckpointError(f"adapter {adapter}: peft_type {kind!r} in adapter_config.json is not known")
+    if kind == "LORA" and (type(rank) is not int or not 1 <= rank <= _MAX_RANK):
+        raise CheckpointError(f"adapter {adapter}: r in adapter_config.json must be 1 to {_MAX_RANK}, it is {rank!r}")

@@ -59,7 +59,6 @@ def import_(config: str, save_path: str, *, force: bool = False) -> Job:
             target = target / f"{loaded.config.name}.yaml"
         if target.exists() and not force:
             raise FileError(f"config import: {target} exists; choose another name or add --force")
-        target.parent.mkdir(parents=True, exist_ok=True)
         publish.write_text(target, view.flat_yaml(loaded.config))
         console.result(f"written to {target}")
 

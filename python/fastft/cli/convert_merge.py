@@ -1,5 +1,6 @@
 """`fastft convert merge`."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -172,6 +173,9 @@ def with_weight(text: str) -> tuple[Path, float]:
     if not separator or Path(text).is_dir():
         return Path(text), 1.0
     try:
-        return Path(folder), float(weight)
+        number = float(weight)
     except ValueError:
-        raise UsageError(f"convert merge: --adapter {text}: `{weight}` is not a weight; write DIR:0.5") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"convert merge: --adapter {text}: `{weight}` is not a weight; write DIR:0.5")
+    return Path(folder), number

@@ -26,7 +26,6 @@ def copy_cfg(config: str, save_path: str, *, force: bool = False) -> Job:
             target = target / f"{loaded.config.name}_copy.yaml"
         if target.exists() and not force:
             raise FileError(f"copy-cfg: {target} exists; choose another name or add --force")
-        target.parent.mkdir(parents=True, exist_ok=True)
         publish.write_text(target, show.flat_yaml(loaded.config))
         console.result(f"copied to {target}")
 

@@ -32,13 +32,14 @@ def help_(command: str | None = None, subcommand: str | None = None) -> Job:
 def overview() -> str:
     """The page that `fastft` alone prints."""
     lines = [
-        "fastft: fine-tune language models from config files; convert and merge weights.",
+        "fastft: fine-tune language and vision models; convert, merge, quantize weights.",
         "",
         "usage: fastft COMMAND [arguments] [--options]      (or: python -m fastft ...)",
         "",
         *[_line(command) for command in table.COMMANDS],
         "",
         "First steps:  fastft train demo         trains a tiny model on this machine",
+        "              fastft train demo_vision  a tiny model that sees, five minutes",
         "              fastft list-cfg -p qlora  recipes with `qlora` in their name",
         "              fastft help train         arguments and options of a command",
     ]

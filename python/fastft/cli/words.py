@@ -7,7 +7,6 @@ switch swallow the next word. So the signature is the grammar here: parameters w
 that means "auto" when no value follows. What comes out is a list of `--name=value` words that Fire cannot misread.
 """
 
-import difflib
 import inspect
 import json
 import types
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from fastft import spelling
 from fastft.errors import UsageError
 
 # An option that may stand alone (`--resume`) and then means "auto".
@@ -100,6 +100,11 @@ def check(name: str, function: Callable[..., Any], words: Sequence[str], shorts:
     Raises:
         UsageError: a word is unknown, missing, superfluous, or a value is not of its option's kind.
     """
+    for word in words:
+        if "\0" in word:
+            raise UsageError(f"{name}: the word {word!r} holds a NUL character")
+        if not word.isprintable() and any("\ud800" <= character <= "\udfff" for character in word):
+            raise UsageError(f"{name}: the word {word!r} is not UTF-8 text")
     rules = grammar(function)
     places, overrides, values = _sort(name, rules, words, shorts)
     allowed = rules.arguments + rules.optional_arguments
@@ -191,7 +196,7 @@ def _find(name: str, rules: Grammar, flag: str, shorts: Mapping[str, str]) -> Op
     if spelled in rules.options:
         return rules.options[spelled]
     known = [o.flag for o in rules.options.values()]
-    nearest = difflib.get_close_matches("--" + flag.lstrip("-"), known, n=1, cutoff=0.6)
+    nearest = spelling.nearest("--" + flag.lstrip("-"), known, n=1, cutoff=0.6)
     hint = f"did you mean {nearest[0]}?" if nearest else f"it takes {', '.join([*known, '--help'])}"
     if rules.takes_overrides and not nearest:
         hint = _config_hint(spelled or flag.lstrip("-"))
@@ -204,7 +209,7 @@ def _config_hint(word: str) -> str:
 
     keys = leaves()
     by_last = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    nearest = difflib.get_close_matches(word, by_last, n=1, cutoff=0.6)
+    nearest = spelling.nearest(word, by_last, n=1, cutoff=0.6)
     key = by_last[nearest[0]] if nearest else "train.lr"
     mean = f"did you mean {key}=VALUE? " if nearest else ""
     return f"{mean}values of the config are given without dashes, e.g. {key}=..."

@@ -3,10 +3,10 @@
 Comes from `model.chat_template`; the text goes to the tokenizer and is saved with the result.
 """
 
-import difflib
 from functools import cache
 from pathlib import Path
 
+from fastft import spelling
 from fastft.errors import ConfigError, FileError
 
 FOLDER = Path(__file__).parent.parent / "configs" / "chat_templates"
@@ -36,7 +36,7 @@ def read(name_or_file: str) -> str:
         return _text(path)
     if path.suffix == ".jinja" or "/" in name_or_file:
         raise ConfigError(f"chat template {name_or_file}: no such file")
-    near = difflib.get_close_matches(name_or_file, names(), n=1)
+    near = spelling.nearest(name_or_file, names(), n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names())}, or a .jinja file"
     raise ConfigError(f"chat template {name_or_file}: no such template; {hint}")
 

@@ -3,7 +3,6 @@
 Comes from `schema.Config`; goes to the complaints of `load` and to everything `show` prints.
 """
 
-import difflib
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from fastft import spelling
 from fastft.config.schema import Config, Section
 
 # What other tools call a field of ours; only used to suggest the right key.
@@ -133,7 +133,7 @@ def nearest(path: Sequence[str]) -> str | None:
         known = find(asked[:depth])
         section = section_of(known.annotation) if known else None
         if section is not None:
-            close = difflib.get_close_matches(asked[depth], section.model_fields, n=1, cutoff=0.7)
+            close = spelling.nearest(asked[depth], section.model_fields, n=1, cutoff=0.7)
             if close:
                 candidate = [*asked[:depth], close[0], *asked[depth + 1 :]]
                 return ".".join(candidate if find(candidate) else candidate[: depth + 1])
@@ -145,10 +145,10 @@ def nearest(path: Sequence[str]) -> str | None:
         return min(elsewhere, key=lambda key: key.count("."))  # the first of the least deep
     if last in OTHER_WORDS:
         return OTHER_WORDS[last]
-    close = difflib.get_close_matches(".".join(asked), dotted_keys(), n=1, cutoff=0.7)
+    close = spelling.nearest(".".join(asked), dotted_keys(), n=1, cutoff=0.7)
     if not close:
         by_word = {key.rpartition(".")[2]: key for key in reversed(dotted_keys())}
-        close = [by_word[word] for word in difflib.get_close_matches(last, by_word, n=1, cutoff=0.75)]
+        close = [by_word[word] for word in spelling.nearest(last, by_word, n=1, cutoff=0.75)]
     return close[0] if close else None
 
 

@@ -21,7 +21,8 @@ VARIABLES = (
 # A shorter value is a word, not a secret, and hiding it would eat words out of messages.
 _LEAST_SECRET = 8
 
-_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@")
+# The lengths are bounded: without, a long text takes the square of its length.
+_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/@\s]{1,1000}@")
 # Tokens of Hugging Face (hf_, api_org_), ModelScope (ms-UUID), GitHub, OpenAI and AWS, and what follows `Bearer`.
 TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|hf_oauth_[A-Za-z0-9._-]{16,}|api_org_[A-Za-z0-9]{16,}"

@@ -7,6 +7,7 @@ called stays a symbol with its name, and nothing is imported or called.
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ MAX_VALUES = 100_000  # computed on the way; XTuner's longest preset needs some 
 MAX_DEPTH = 50
 MAX_LENGTH = 100_000  # of a text or list that is computed
 MAX_NUMBER = 2**63
+# `%1000000d`, or a width that comes as a value: `%*d`.
+_WIDE_FORMAT = re.compile(r"%[^%a-zA-Z]*(\d{4}|\*)")
 
 # A dictionary of settings is a plain dict with text keys; the rest is what Python's literals give.
 Value = Any
@@ -337,6 +340,8 @@ class _Reader:
         if isinstance(operation, ast.Mult) and any(isinstance(side, (str, list, tuple)) for side in (left, right)):
             sequence, count = (left, right) if isinstance(right, int) else (right, left)
             too_large = isinstance(count, int) and len(sequence) * max(count, 0) > MAX_LENGTH
+        if isinstance(operation, ast.Mod) and isinstance(left, str):
+            too_large = _WIDE_FORMAT.search(left) is not None
         if too_large:
             raise self._refuse(node, "computes a value that is too large for a setting")
         made = self._applied(node, function, left, right)

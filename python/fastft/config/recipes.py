@@ -318,14 +318,14 @@ def _tail(words: str) -> dict[str, int] | None:
 
 def _alike(words: list[str], everything: list[str]) -> Iterator[tuple[int, int, int, str]]:
     """Names that hold, for each word, a word spelled like it; fewer corrections first."""
-    import difflib
+    from fastft import spelling
 
     vocabulary = sorted(
         {word for name in everything for word in name.split("_")} | models().keys() | data_sets().keys()
     )
     meant = []
     for word in words:
-        close = [word] if word in vocabulary else difflib.get_close_matches(word, vocabulary, n=4, cutoff=0.6)
+        close = [word] if word in vocabulary else spelling.nearest(word, vocabulary, n=4, cutoff=0.6)
         if not close and not any(word in known for known in vocabulary):
             return
         meant.append(close or [word])
@@ -336,13 +336,13 @@ def _alike(words: list[str], everything: list[str]) -> Iterator[tuple[int, int, 
 
 
 def _unknown(name: str) -> str:
-    import difflib
+    from fastft import spelling
 
     if len(name) > MAX_NAME:
         return f"config {name[:MAX_NAME]}...: no such file and no such recipe; names of recipes are shorter."
-    close = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.75) or search(name)[:3]
+    close = spelling.nearest(name.lower(), names(), n=3, cutoff=0.75) or search(name)[:3]
     if not close:
-        close = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.5)
+        close = spelling.nearest(name.lower(), names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "a recipe is MODEL_METHOD_DATA[_eN]."
     return f"config {name!r}: no such file and no such recipe; {hint} `fastft list-cfg -p WORD` searches."
 

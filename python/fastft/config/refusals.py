@@ -3,11 +3,11 @@
 Comes from `load`; the lines become the text of one ConfigError.
 """
 
-import difflib
 from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from fastft import spelling
 from fastft.config import fields
 from fastft.config.mask import masked
 from fastft.config.overrides import near_or_list
@@ -51,7 +51,7 @@ def _is_inside(path: tuple[str, ...], outer: tuple[str, ...]) -> bool:
 
 def joined(complaints: Sequence[str]) -> str:
     """The complaints as one message, the first MAX_LINES of them."""
-    shown = list(dict.fromkeys(complaints))
+    shown = list(dict.fromkeys(complaint.replace("\n", "\\n") for complaint in complaints))
     rest = len(shown) - MAX_LINES
     if rest > 0:
         shown = [*shown[:MAX_LINES], f"... and {rest} more"]
@@ -92,7 +92,7 @@ def _came(tree: Tree) -> str:
 def _allowed(known: fields.Known, tree: Tree) -> str:
     words = fields.allowed(known.annotation)
     if isinstance(tree, Leaf) and tree.text:
-        near = difflib.get_close_matches(tree.text, [str(word) for word in fields.choices(known.annotation)], n=1)
+        near = spelling.nearest(tree.text, [str(word) for word in fields.choices(known.annotation)], n=1)
         if near:
             return f"{words}; did you mean {near[0]}?"
     if words == "text":

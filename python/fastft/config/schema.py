@@ -66,7 +66,7 @@ class Model(Section):
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2021)."""
 
-    r: Positive = Field(64, description="rank")
+    r: Annotated[int, Field(ge=1, le=65536)] = Field(64, description="rank")
     alpha: Annotated[float, Field(gt=0)] = Field(16, description="the update is scaled by alpha/r")
     dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
     targets: Literal["all-linear"] | tuple[Name, ...] = Field(
@@ -240,7 +240,9 @@ class Data(Section):
     eval_rows: Annotated[int, Field(ge=0)] = Field(
         0, description="without `eval`: rows held back from training, chosen by the seed"
     )
-    max_length: Annotated[int, Field(ge=8)] = Field(2048, description="longest sample in tokens; the rest is cut off")
+    max_length: Annotated[int, Field(ge=8, le=16_777_216)] = Field(
+        2048, description="longest sample in tokens; the rest is cut off"
+    )
     packing: bool = Field(
         True, description="put several samples into one row of max_length; attention stays within a sample"
     )
@@ -343,8 +345,10 @@ class Train(Section):
     """How it is learned."""
 
     epochs: Annotated[float, Field(gt=0)] = Field(3, description="passes over the data")
-    max_steps: Positive | None = Field(None, description="stop after so many optimizer steps; overrides epochs")
-    batch_size: Positive = Field(1, description="rows per device and step")
+    max_steps: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(
+        None, description="stop after so many optimizer steps; overrides epochs"
+    )
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(1, description="rows per device and step")
     grad_accumulation: Positive = Field(16, description="steps whose gradients are summed before the optimizer moves")
     lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")

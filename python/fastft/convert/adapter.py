@@ -7,16 +7,17 @@ PEFT's own classes (`peft_modules`), which check them.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastft import spelling
 from fastft.convert import peft_kinds
 from fastft.convert.folder import existing_folder, read_safetensors
 from fastft.convert.json_file import read_object
-from fastft.convert.source import FLOATS, Fingerprint, Source, fingerprint
+from fastft.convert.source import FLOATS, Fingerprint, Source, as_seen, looked_at
 from fastft.errors import CheckpointError, FileError, PlanError
 
 CONFIG = "adapter_config.json"
@@ -25,6 +26,10 @@ PICKLE_WEIGHTS = "adapter_model.bin"
 TRAINING = "fastft_training.json"
 
 _MAX_RANK = 65536
+# PEFT's default is 8, and some use 10,000; beyond this there is no float32 result.
+_MAX_ALPHA = 1e9
+# A pattern for each module is the most that there is use for.
+_MAX_PATTERNS = 2000
 # Settings that say where or how the adapter was trained, not what it adds.
 _IGNORED = frozenset(
     {
@@ -171,6 +176,7 @@ def read_adapter(folder: Path, *, base_is_residual: bool = False) -> Adapter:
         PlanError: a setting that has no right merge here; the message says what to do instead.
     """
     folder = existing_folder(folder, "the adapter")
+    seen = looked_at(folder)
     config_path, weights_path = folder / CONFIG, folder / WEIGHTS
     if not config_path.exists():
         raise FileError(f"{folder}: no {CONFIG} there; give the folder of a PEFT adapter{_nearby(folder)}")
@@ -189,7 +195,11 @@ def read_adapter(folder: Path, *, base_is_residual: bool = False) -> Adapter:
         raise FileError(f"{folder}: no {WEIGHTS} there")
     training_path = folder / TRAINING
     training = read_object(training_path) if training_path.exists() else None
-    return understood(tensors, config, weights_path, files=(config_path, weights_path), training=training)
+    files = (config_path, weights_path, *(() if training is None else (training_path,)))
+    adapter = understood(tensors, config, weights_path, fingerprints=as_seen(seen, files), training=training)
+    if adapter.kind == "LORA":
+        _check_complete(adapter, weights_path)
+    return adapter
 
 
 def understood(
@@ -197,7 +207,7 @@ def understood(
     config: Mapping[str, Any],
     path: Path,
     *,
-    files: Sequence[Path] = (),
+    fingerprints: tuple[Fingerprint, ...] = (),
     training: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """Give each tensor of an adapter its meaning.
@@ -206,7 +216,7 @@ def understood(
         tensors: by their names in the file, with or without the prefixes of PEFT, FSDP, compile and DDP.
         config: the settings of adapter_config.json, checked by `check_config`.
         path: the file that they are in, for the error texts.
-        files: what was read.
+        fingerprints: of the files that were read.
         training: fastft_training.json.
 
     Raises:
@@ -215,7 +225,6 @@ def understood(
     """
     if not tensors:
         raise CheckpointError(f"{path}: no tensors in it; the adapter is empty")
-    fingerprints = tuple(fingerprint(file) for file in files)
     if config["peft_type"] != "LORA":
         replaced, token_rows, rest = _sort_other_tensors(tensors, str(config["peft_type"]), path)
         return Adapter(path.parent, config, {}, replaced, token_rows, training, fingerprints, peft_tensors=rest)
@@ -244,6 +253,8 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         values = config.get(pattern) or {}
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: {pattern} must map module names to numbers, it is {values!r}")
+        if len(values) > _MAX_PATTERNS:
+            raise CheckpointError(f"{path}: {pattern} has {len(values)} entries; at most {_MAX_PATTERNS} are read")
         for key, value in values.items():
             _positive_number(value, f"{pattern}[{key!r}]", path, whole=pattern == "rank_pattern")
             _compiled(key, path)
@@ -296,7 +307,7 @@ def _refuse_unknown(config: Mapping[str, Any], known: frozenset[str], path: Path
     """
     for key, value in config.items():
         if key not in known and value not in (None, False, {}, [], ""):
-            near = get_close_matches(key, sorted(known), n=1)
+            near = spelling.nearest(key, sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise CheckpointError(
                 f"{path}: the setting {key!r} = {value!r} is not known here and may change the result{hint}"
@@ -305,23 +316,29 @@ def _refuse_unknown(config: Mapping[str, Any], known: frozenset[str], path: Path
 
 def _positive_number(value: object, name: str, path: Path, *, whole: bool = False) -> None:
     """Check type and range of a rank or an alpha."""
-    allowed = f"a whole number from 1 to {_MAX_RANK}" if whole else "a finite number above zero"
+    largest = _MAX_RANK if whole else _MAX_ALPHA
+    allowed = f"a whole number from 1 to {largest}" if whole else f"a number above zero, at most {largest:g}"
     right_type = isinstance(value, int) if whole else isinstance(value, int | float)
     if not right_type or isinstance(value, bool):
         raise CheckpointError(f"{path}: {name} must be {allowed}, it is {value!r}")
     assert isinstance(value, int | float)
-    if not (math.isfinite(value) and value > 0 and (not whole or value <= _MAX_RANK)):
+    if not 0 < value <= largest:  # also of a NaN
         raise CheckpointError(f"{path}: {name} must be {allowed}, it is {value!r}")
 
 
 # Letters, dots, classes and simple repeats: what people write in rank_pattern; nested repeats can take for ever.
 _HARMLESS = re.compile(r"[\w.\\|()\[\]^$*+?-]{1,1000}", re.ASCII)
 _NESTED_REPEAT = re.compile(r"[*+}]\s*\)[*+{?]|\([^)]*\|[^)]*\)[*+{]")
+# Each repeat without end multiplies the time by the length of the name, each `?` by two.
+_MAX_REPEATS, _MAX_OPTIONAL = 3, 8
 
 
+@cache
 def _compiled(key: str, path: Path) -> re.Pattern[str]:
     """Compile a key of rank_pattern or alpha_pattern the way PEFT matches it."""
-    if not _HARMLESS.fullmatch(key) or _NESTED_REPEAT.search(key):
+    repeats = key.count("*") + key.count("+")
+    slow = _NESTED_REPEAT.search(key) or repeats > _MAX_REPEATS or key.count("?") > _MAX_OPTIONAL
+    if not _HARMLESS.fullmatch(key) or slow:
         raise CheckpointError(f"{path}: the pattern {key!r} is not a simple regular expression; it is not tried")
     try:
         return re.compile(rf"(.*\.)?({key})$")
@@ -375,6 +392,34 @@ def _sort_tensors(
         module: _pair(module, found, config, path) for module, found in sides.items() if module not in parameters
     }
     return low_rank, replaced, token_rows, parameters
+
+
+def _check_complete(adapter: Adapter, path: Path) -> None:
+    """Hold what the settings name against what the file has: neither more nor less.
+
+    What of the base they name is `names`' to check.
+    """
+    config = adapter.config
+    targets = config.get("target_modules")
+    if isinstance(targets, list):
+        # What lies under a module that is named belongs to it (torch's attention).
+        plain = {module: module.partition(".base_layer.")[0] for module in adapter.low_rank}
+        other = [module for module, owner in plain.items() if not _is_target_module(owner, config, path)]
+        if other and not config.get("target_parameters"):
+            raise CheckpointError(
+                f"{path}: it has matrices for {other[0]}, but target_modules of {CONFIG} does not name it"
+                f" ({', '.join(map(str, targets[:8]))})"
+            )
+    if config.get("trainable_token_indices") and not adapter.token_rows:
+        raise CheckpointError(f"{path}: {CONFIG} says trainable_token_indices, but the file has no new rows")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise CheckpointError(f"{path}: modules_to_save of {CONFIG} must list names of modules, it is {saved!r}")
+    absent = [name for name in saved if not any(f".{name}." in f".{tensor}" for tensor in adapter.replaced)]
+    # For these tasks PEFT lists two names of heads, of which a model has one.
+    heads = config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and {"classifier", "score"} >= set(absent)
+    if absent and not (heads and len(absent) < len(saved)):
+        raise CheckpointError(f"{path}: {CONFIG} says modules_to_save {absent[0]!r}, but the file has no tensor of it")
 
 
 def _sort_other_tensors(

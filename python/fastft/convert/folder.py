@@ -12,14 +12,18 @@ from typing import Any
 
 from fastft import _native
 from fastft.convert import bitsandbytes_layout
+from fastft.convert.config_file import read_config
 from fastft.convert.json_file import read_object
-from fastft.convert.source import Fingerprint, Source, fingerprint
+from fastft.convert.source import Fingerprint, Source, as_seen, looked_at
 from fastft.errors import CheckpointError, FileError, PlanError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+# Of a file, as file systems allow it.
+_LONGEST_NAME = 256
 
 # Tensors by name, and the files that were read.
 Found = tuple[dict[str, Source], list[Path]]
@@ -69,15 +73,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         PlanError: the weights are quantized, and not to 4 bit by bitsandbytes.
     """
     folder = existing_folder(folder, "the base model")
+    seen = looked_at(folder)
     config_path = folder / "config.json"
     if not config_path.exists():
         raise FileError(f"{folder}: no config.json there; give the folder of a model in Hugging Face's layout")
-    config = read_object(config_path)
+    config = read_config(config_path)
     quantization = bitsandbytes_layout.settings_of(config)
     if quantization is not None:
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     refuse_quantized(folder, config)
     tensors, files = read_weights(folder)
+    if not tensors:
+        raise CheckpointError(f"{folder}: its files of weights hold no tensors")
     if quantization is not None:
         tensors = bitsandbytes_layout.unpacked(folder, config, tensors)
     elif bitsandbytes_layout.is_packed(tensors):
@@ -85,8 +92,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: holds 4-bit weights, but config.json has no quantization_config that says so; add the one that"
             " they were saved with"
         )
-    fingerprints = tuple(fingerprint(path) for path in (config_path, *files))
-    return Checkpoint(folder, config, tensors, fingerprints, quantization)
+    return Checkpoint(folder, config, tensors, as_seen(seen, (config_path, *files)), quantization)
 
 
 def existing_folder(folder: Path, what: str) -> Path:
@@ -152,10 +158,9 @@ def read_safetensors(path: Path) -> dict[str, Source]:
     Raises:
         CheckpointError: the header is broken (see the message), or the file is something else.
     """
+    found = _native.read_header(str(path))  # under the name that was given, which its errors show
     path = path.resolve()
-    return {
-        info.name: Source(path, info.offset, info.dtype, tuple(info.shape)) for info in _native.read_header(str(path))
-    }
+    return {info.name: Source(path, info.offset, info.dtype, tuple(info.shape)) for info in found}
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -168,7 +173,8 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map in it; it must map tensor names to files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        plain = isinstance(file, str) and file.isprintable() and len(file) < _LONGEST_NAME
+        if not plain or Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{index}: the tensor {name!r} lies in {file!r}; a plain file name is allowed")
     return weight_map
 

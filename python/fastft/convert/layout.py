@@ -107,15 +107,14 @@ def without_remote_code(folder: Path) -> Path:
     if target.exists():
         return target
     layout = plan(checkpoint)
-    publish.require_space(target, layout.num_bytes)
     if layout.tensors:
         console.note(
             f"InternLM2 is read in Llama's layout: {readable(layout.num_bytes)} are rewritten once, unchanged,"
             f" to {target}"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    publish.remove_leftovers(target.parent)
     try:
-        with publish.staged(target) as stage:
+        with publish.staged(target, num_bytes=layout.num_bytes) as stage:
             write_into(stage, layout)
             check_unchanged(checkpoint.fingerprints)
     except FileError:

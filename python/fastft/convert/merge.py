@@ -535,7 +535,12 @@ def _peft_notes(adapters: Sequence[tuple[Adapter, float]], *, match_peft: bool) 
 def _quantization(adapter: Adapter) -> Mapping[str, Any]:
     """Give the `quantization` of fastft_training.json, empty where there is none."""
     quantization = (adapter.training or {}).get("quantization")
-    return quantization if isinstance(quantization, dict) else {}
+    if quantization is not None and not isinstance(quantization, dict):
+        raise PlanError(
+            f"{adapter.folder}: its fastft_training.json says quantization = {quantization!r}, and an object is expected;"
+            " say --dequantized-base none, nf4 or fp4"
+        )
+    return quantization or {}
 
 
 def _kind(quantization: Mapping[str, Any]) -> str:

@@ -8,11 +8,11 @@ must find its tensor and fit its shape, else all that failed is listed.
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from fastft import spelling
 from fastft.convert import clip, internlm2, peft_modules
 from fastft.convert.adapter import Adapter, LowRank
 from fastft.convert.folder import Checkpoint
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # `model.layers.12.self_attn.q_proj`: what stands before and after the number of the layer.
 _NUMBERED = re.compile(r"(.*?\b(?:layers|h|blocks|block|layer)\.)(\d{1,6})(\..+)", re.ASCII)
+
 
 # A projection of one expert, which transformers 5 keeps with those of the others in one parameter.
 _EXPERT = re.compile(r"\.experts\.\d{1,6}\.", re.ASCII)
@@ -162,6 +163,7 @@ def join(
     adapter = with_key_map(adapter, all_names.options.key_map)
     known = all_names.knowing(adapter)
     shapes = dict(all_names.shapes)
+    _check_every_target(adapter, shapes)
     joined = Joined()
     for name, source in adapter.replaced.items():
         target = _found(known, name)
@@ -398,19 +400,36 @@ def _token_rows(adapter: Adapter, path: str, source: Source, shape: tuple[int, .
     return TokenRows(source, tuple(stated))
 
 
+def _check_every_target(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse an adapter without any matrices for a module that it names and the base has.
+
+    What is missing in some layers only is seen by `_check_complete`.
+    """
+    targets, settings = adapter.config.get("target_modules"), adapter.config
+    if not isinstance(targets, list) or settings.get("exclude_modules") or settings.get("target_parameters"):
+        return
+    for end in targets if adapter.low_rank else ():
+        if any(f".{module}".endswith(f".{end}") for module in adapter.low_rank):
+            continue
+        there = [name for name, shape in shapes.items() if len(shape) == 2 and f".{name}".endswith(f".{end}.weight")]
+        if there:
+            raise CheckpointError(
+                f"{adapter.folder}: target_modules names {end!r}, but the adapter lacks the update of {there[0]}, which is"
+                " in the base; its file is incomplete, or it was trained on another model"
+            )
+
+
 def _lost_text(adapter: Adapter, base: Checkpoint, lost: list[str], names: list[str], why: str) -> str:
     """List what found no tensor, with the nearest names of the base and the way out."""
-    lines = [f"{adapter.folder}: {len(lost)} of its modules are not in the base {base.folder}:"]
+    named = []
     for name in sorted(lost)[:5]:
-        near = get_close_matches(name, names, n=1, cutoff=0.6)
-        lines.append(f"  {name}" + (f" (nearest in the base: {near[0]})" if near else ""))
-    if len(lost) > 5:
-        lines.append(f"  and {len(lost) - 5} more")
+        near = spelling.nearest(name, names, n=1, cutoff=0.6)
+        named.append(name + (f" (nearest in the base: {near[0]})" if near else ""))
+    if len(lost) > len(named):
+        named.append(f"{len(lost) - len(named)} more")
     trained_on = adapter.config.get("base_model_name_or_path")
-    if trained_on:
-        lines.append(f"  the adapter says it was trained on {trained_on}")
-    lines.append(f"  {why}")
-    return "\n".join(lines)
+    said = f"; the adapter says it was trained on {trained_on}" if trained_on else ""
+    return f"{adapter.folder}: {len(lost)} of its modules are not in the base {base.folder}: {', '.join(named)}{said}; {why}"
 
 
 def _by(shape: tuple[int, ...]) -> str:

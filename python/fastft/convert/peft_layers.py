@@ -241,9 +241,10 @@ def _wrapped(module: PeftModule, weight: "torch.Tensor", bias: "torch.Tensor | N
     lacking, left_over = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
     if lacking or left_over:
         raise CheckpointError(
-            f"{module.adapter}: PEFT {_version()} does not find in {module.path} what a {module.kind} of these settings has:"
-            + "".join(f"\n  {name} is missing" for name in lacking[:5])
-            + "".join(f"\n  {name} is left over" for name in left_over[:5])
+            f"{module.adapter}: PEFT {_version()} does not find in {module.path} what a {module.kind} of these settings has: "
+            + ", ".join(
+                [*(f"{name} is missing" for name in lacking[:5]), *(f"{name} is left over" for name in left_over[:5])]
+            )
         )
     for name, tensor in wanted.items():
         if given[name] != tuple(tensor.shape):

@@ -313,8 +313,14 @@ def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split("."))
 
 
-def native_json(shards: Iterable[Shard], folder: Path) -> str:
-    """Write the plan as `_native.run_plan` reads it, with the files to be written in `folder`."""
+def native_json(shards: Iterable[Shard], folder: Path, *, finite: bool = False) -> str:
+    """Write the plan as `_native.run_plan` reads it, with the files to be written in `folder`.
+
+    Args:
+        shards: what is written.
+        folder: where.
+        finite: a written weight that is infinite or undefined is an error.
+    """
     files: dict[str, int] = {}
 
     def side(source: Source) -> dict[str, Any]:
@@ -357,7 +363,7 @@ def native_json(shards: Iterable[Shard], folder: Path) -> str:
         }
         for shard in shards
     ]
-    return json.dumps({"files": list(files), "shards": plan})
+    return json.dumps({"files": list(files), "shards": plan, "finite": finite})
 
 
 def _operation(operation: Operation, side: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:

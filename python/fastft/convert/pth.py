@@ -33,7 +33,7 @@ from fastft.convert.pth_parts import (
 from fastft.convert.recorded import Run
 from fastft.convert.sidefiles import copy_side_files
 from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
-from fastft.convert.source import Fingerprint, Source, check_unchanged, fingerprint
+from fastft.convert.source import Fingerprint, Source, as_seen, check_unchanged, looked_at
 from fastft.convert.stream import write_shards
 from fastft.convert.target import check_target
 from fastft.convert.trained import LORA
@@ -131,6 +131,7 @@ def plan(
         )
         raise UsageError(f"--save-format {save_format!r} is not allowed; use {' or '.join(SAVE_FORMATS)}{way_out}")
     wanted = output_dtype(dtype)
+    seen = looked_at(pth)
     found = trained.read(pth, masters=wanted == "F32")
     given = config if isinstance(config, Run) else recorded.of_config(config)
     run, said = recorded.joined(given, found.meta, pth)
@@ -153,7 +154,7 @@ def plan(
         parts,
         (*found.notes, *said, *notes, *narrowed, *(note for part in parts for note in part.notes)),
         (pth, *(base.folder for base in bases)),
-        (*map(fingerprint, found.files), *(mark for base in bases for mark in base.fingerprints)),
+        (*as_seen(seen, found.files), *(mark for base in bases for mark in base.fingerprints)),
     )
 
 
@@ -171,12 +172,14 @@ def execute(plan: PthPlan, save_path: Path, *, force: bool = False) -> PthReport
     if plan.llava is not None:
         return _execute_llava(plan, plan.llava, save_path, force=force)
     num_tensors = 0
-    with publish.staged(save_path, force=force) as stage:
+    with publish.staged(save_path, force=force, num_bytes=plan.num_bytes) as stage:
         for part in plan.parts:
             folder = stage / part.folder
             folder.mkdir(exist_ok=True)
             if any(shard.tensors for shard in part.shards):
-                num_tensors += write_shards(part.shards, folder, "converting", single=part.single).num_tensors
+                num_tensors += write_shards(
+                    part.shards, folder, "converting", single=part.single, finite=True
+                ).num_tensors
             copy_side_files(dict(part.side_files), folder)
             for name, content in part.texts.items():
                 (folder / name).write_bytes(content)

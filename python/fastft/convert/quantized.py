@@ -10,10 +10,10 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import prod
 from typing import Any
 
+from fastft import spelling
 from fastft.convert.bitsandbytes_layout import STATE
 from fastft.convert.folder import Checkpoint
 from fastft.convert.four_bit import NESTED_BLOCK, FourBit, code_book, dynamic_map
@@ -200,7 +200,7 @@ def _check_skip(skip: Sequence[str], paths: Sequence[str], what: str) -> None:
             raise UsageError(f"--skip {pattern}: is no regular expression: {error}") from error
         if not known:
             ends = {path.rpartition(".")[2] for path in paths}
-            near = get_close_matches(pattern, [*sorted(ends), *paths], n=1)
+            near = spelling.nearest(pattern, [*sorted(ends), *paths], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"--skip {pattern}: no linear layer of {what} has that name{hint}")
 

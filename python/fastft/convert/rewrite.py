@@ -119,13 +119,14 @@ def execute(plan: RewritePlan, save_path: Path, *, force: bool = False, on_gpu: 
     started = time.monotonic()
     if on_gpu:
         check_gpu()
-    check_target(save_path, plan.sources, plan.num_bytes + peft_layers.scratch_bytes(plan.tensors), force=force)
+    num_bytes = plan.num_bytes + peft_layers.scratch_bytes(plan.tensors)
+    check_target(save_path, plan.sources, num_bytes, force=force)
     for note in plan.notes:
         console.note(note)
-    with publish.staged(save_path, force=force) as stage:
+    with publish.staged(save_path, force=force, num_bytes=num_bytes) as stage:
         tensors = offsets.found(peft_layers.materialized(plan.tensors, stage))
         shards = into_shards(tensors, plan.max_shard_size_bytes)
-        write_shards(shards, stage, plan.doing, on_gpu=on_gpu)
+        write_shards(shards, stage, plan.doing, on_gpu=on_gpu, finite=True)
         copy_side_files(dict(plan.side_files), stage)
         (stage / "config.json").write_bytes(edited_text(plan.base.folder / "config.json", plan.base.config, plan.edits))
         num_checked = check_sample(tensors, stage)

@@ -5,11 +5,13 @@ Those of the adapter's folder win over the base's, because a training saves the 
 """
 
 import shutil
+import stat
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fastft.convert.json_file import read_object
+from fastft.convert.source import check_unchanged, fingerprint
 from fastft.errors import FileError
 
 _TOKENIZER = (
@@ -26,6 +28,10 @@ _TOKENIZER = (
     "*.tiktoken",
 )
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+# The one of them that is a folder, of files.
+_FOLDERS = frozenset({"additional_chat_templates"})
+# The largest tokenizer has some 40 MB.
+_MAX_BYTES = 1 << 30
 _PROCESSORS = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -61,14 +67,37 @@ def side_files(base: Path, winners: Sequence[Path] = (), *, vision_only: bool = 
         chosen |= own
     if vision_only:
         chosen = {name: path for name, path in chosen.items() if name in _IMAGE_PROCESSORS or _is_licence(name)}
+    for name, path in chosen.items():
+        _check(path, is_folder=name in _FOLDERS)
     return dict(sorted(chosen.items()))
+
+
+def _check(path: Path, *, is_folder: bool = False) -> None:
+    """Refuse what is no small regular file, or no folder of them.
+
+    Raises:
+        FileError: a pipe, a device, a folder in a file's place, a link that leads nowhere, or a file too large.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+    if is_folder and stat.S_ISDIR(status.st_mode):
+        for child in sorted(path.iterdir()):
+            _check(child)
+    elif not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{path}: not a regular file; it cannot be copied")
+    elif status.st_size > _MAX_BYTES:
+        raise FileError(
+            f"{path}: {status.st_size} bytes are too many for a file beside the weights; at most {_MAX_BYTES}"
+        )
 
 
 def copy_side_files(chosen: dict[str, Path], folder: Path) -> None:
     """Copy side files into a new folder; links are followed, rights and times are not carried over.
 
     Raises:
-        FileError: a file cannot be read or written.
+        FileError: a file cannot be read or written, or changed while it was copied.
     """
     for name, path in chosen.items():
         try:
@@ -76,7 +105,9 @@ def copy_side_files(chosen: dict[str, Path], folder: Path) -> None:
                 (folder / name).mkdir()
                 copy_side_files({child.name: child for child in sorted(path.iterdir())}, folder / name)
             elif path.is_file():
+                before = fingerprint(path)
                 shutil.copyfile(path, folder / name)
+                check_unchanged((before,))
             else:
                 raise FileError(f"{path}: not a regular file; it cannot be copied")
         except OSError as error:

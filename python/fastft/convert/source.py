@@ -4,7 +4,8 @@ Made by the readers of checkpoint folders, adapters and .pth files; used in ever
 safetensors names them.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -209,6 +210,32 @@ def fingerprint(path: Path) -> Fingerprint:
     return Fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
+def looked_at(place: Path) -> dict[Path, Fingerprint]:
+    """Note how a file, or each file below a folder, looks before anything in it is read: headers belong to that state."""
+    if not place.is_dir():
+        return {place: fingerprint(place)} if place.exists() else {}
+    files = (Path(folder, name) for folder, _, names in os.walk(place) for name in names)
+    return {path: fingerprint(path) for path in files if path.is_file()}
+
+
+def as_seen(seen: Mapping[Path, Fingerprint], files: Iterable[Path]) -> tuple[Fingerprint, ...]:
+    """Give how files, by these names or by those that links stand for, looked before they were read.
+
+    Raises:
+        FileError: a file was not there then.
+    """
+    by_target = {path.resolve(): found for path, found in seen.items()}
+    found = [(file, seen.get(file) or by_target.get(file.resolve())) for file in files]
+    for file, before in found:
+        if before is None:
+            raise _changed(file)
+    return tuple(before for _, before in found if before is not None)
+
+
+def _changed(path: Path) -> FileError:
+    return FileError(f"{path}: changed while it was being read; run again when nothing writes to it")
+
+
 def check_unchanged(fingerprints: tuple[Fingerprint, ...]) -> None:
     """Refuse when an input was written to while it was read.
 
@@ -217,7 +244,7 @@ def check_unchanged(fingerprints: tuple[Fingerprint, ...]) -> None:
     """
     for before in fingerprints:
         if fingerprint(before.path) != before:
-            raise FileError(f"{before.path}: changed while it was being read; run again when nothing writes to it")
+            raise _changed(before.path)
 
 
 def read_bytes(source: Source, start: int = 0, count: int | None = None) -> bytes:

@@ -11,7 +11,7 @@ from fastft.convert.json_file import read_object, read_regular_file
 from fastft.convert.plan import Shard, into_shards, natural_order, taken_over
 from fastft.convert.sidefiles import copy_side_files, side_files
 from fastft.convert.size import DEFAULT_MAX_SHARD_SIZE_BYTES, readable
-from fastft.convert.source import check_unchanged, fingerprint
+from fastft.convert.source import as_seen, check_unchanged, looked_at
 from fastft.convert.stream import write_shards
 from fastft.convert.target import check_target
 from fastft.errors import FileError
@@ -61,11 +61,12 @@ def plan(source: Path, *, max_shard_size_bytes: int = DEFAULT_MAX_SHARD_SIZE_BYT
         FileError, CheckpointError: the folder is missing or broken.
     """
     folder = existing_folder(source, "the model")
+    seen = looked_at(folder)
     config = folder / "config.json"
     if not config.exists():
         raise FileError(f"{folder}: no config.json there; give the folder of a model in Hugging Face's layout")
     tensors, files = read_weights(folder)
-    checkpoint = Checkpoint(folder, read_object(config), tensors, tuple(fingerprint(path) for path in (config, *files)))
+    checkpoint = Checkpoint(folder, read_object(config), tensors, as_seen(seen, (config, *files)))
     ordered = sorted(tensors, key=natural_order)
     outputs = [taken_over(name, tensors[name], None) for name in ordered]
     return SplitPlan(checkpoint, into_shards(outputs, max_shard_size_bytes), side_files(folder))
@@ -80,7 +81,7 @@ def execute(plan: SplitPlan, save_path: Path, *, force: bool = False) -> SplitRe
     """
     started = time.monotonic()
     check_target(save_path, [plan.source.folder], plan.num_bytes, force=force)
-    with publish.staged(save_path, force=force) as stage:
+    with publish.staged(save_path, force=force, num_bytes=plan.num_bytes) as stage:
         write_shards(plan.shards, stage, "splitting")
         copy_side_files(dict(plan.side_files), stage)
         (stage / "config.json").write_bytes(read_regular_file(plan.source.folder / "config.json"))

@@ -26,7 +26,13 @@ class Streamed:
 
 
 def write_shards(
-    shards: Sequence[Shard], folder: Path, what: str, *, single: str = "model.safetensors", on_gpu: bool = False
+    shards: Sequence[Shard],
+    folder: Path,
+    what: str,
+    *,
+    single: str = "model.safetensors",
+    on_gpu: bool = False,
+    finite: bool = False,
 ) -> Streamed:
     """Write shards, and their index where there is more than one, into an existing folder.
 
@@ -36,16 +42,18 @@ def write_shards(
         what: the work in a word, for the progress bar ("merging").
         single: the name of the one file, which the index is named after.
         on_gpu: the arithmetic of merges runs on the GPU (`check_gpu` comes before).
+        finite: a weight that is infinite or undefined is refused, also where it is only copied.
 
     Raises:
         CheckpointError: a value that overflows the output's dtype, or a file that changed; from the native code.
+        PlanError: a value that is not finite.
         FileError: the disk.
     """
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     started = time.monotonic()
     with console.progress(what, total, "B") as advance:
         done = _native.run_plan(
-            native_json(shards, folder),
+            native_json(shards, folder, finite=finite),
             progress=lambda now, in_all: advance(total * now / max(in_all, 1)),
             device=_gpu() if on_gpu else None,
         )

@@ -26,7 +26,7 @@ from fastft.convert.merge import planned_tensors, read_base
 from fastft.convert.numbers import bits_of, rounded, ulp_distance, values_of
 from fastft.convert.peft_layers import PeftNumbers
 from fastft.convert.plan import Bytes, Cast, Copy, Dora, Merge, OutputTensor, PeftLayer, Quantize, ScalesOf
-from fastft.convert.source import FLOATS, Packed, Source, read_bytes
+from fastft.convert.source import FLOATS, Packed, Source, check_unchanged, looked_at, read_bytes
 from fastft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -143,17 +143,23 @@ def verify(
     """
     existing_folder(merged, "the merged model")
     read = [(read_adapter(folder, base_is_residual=base_is_residual), weight) for folder, weight in adapters]
-    planned = planned_tensors(read_base(base, names), read, None, names, four_bit, match_peft=match_peft)
-    return compare(merged, planned)
+    checkpoint = read_base(base, names)
+    planned = planned_tensors(checkpoint, read, None, names, four_bit, match_peft=match_peft)
+    report = compare(merged, planned)
+    check_unchanged(checkpoint.fingerprints)
+    for adapter, _ in read:
+        check_unchanged(adapter.fingerprints)
+    return report
 
 
 def compare(merged: Path, planned: Sequence[OutputTensor]) -> VerifyReport:
     """Compute planned tensors again, and compare them with those of a folder.
 
     Raises:
-        FileError, CheckpointError: the folder cannot be read.
+        FileError, CheckpointError: the folder cannot be read, or changed meanwhile.
     """
     merged = existing_folder(merged, "the merged model")
+    seen = {path: found for path, found in looked_at(merged).items() if path.suffix in (".safetensors", ".json")}
     written = _read(merged)
     checks: list[TensorCheck] = []
     total = sum(tensor.nbytes for tensor in planned)
@@ -164,6 +170,7 @@ def compare(merged: Path, planned: Sequence[OutputTensor]) -> VerifyReport:
             checks.append(check)
             done += tensor.nbytes
             advance(done)
+    check_unchanged(tuple(seen.values()))
     expected = {tensor.name for tensor in planned}
     checks += [TensorCheck(name, "unexpected") for name in written if name not in expected]
     return VerifyReport(merged, tuple(checks))

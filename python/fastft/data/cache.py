@@ -78,12 +78,13 @@ class Entry:
                     raise
 
     def _write(self, make: Make) -> None:
+        publish.remove_leftovers(self.folder.parent)
         with publish.staged(self.folder) as staging:
             try:
                 with Store(staging) as collected:
                     report = make(collected)
                     collected.documents()
-                self._require_unchanged()
+                require_unchanged(self.inputs)
                 manifest = {
                     "about": self.about,
                     "files": collected.files,
@@ -98,11 +99,6 @@ class Entry:
                     f"cache {self.folder.parent}: cannot be written ({error.strerror or error}); make room there, or set "
                     "data.cache to a folder on another disk, or to null"
                 ) from error
-
-    def _require_unchanged(self) -> None:
-        for path, state in self.inputs.items():
-            if fingerprint(path) != state:
-                raise DataError(f"data {path}: the file changed while it was read; start again when it is complete")
 
     def _load(self) -> tuple[Documents, SourceReport] | None:
         """What the entry holds; None if there is none, or none that can be trusted."""
@@ -178,6 +174,20 @@ def fingerprint(path: Path) -> tuple[int, int, int]:
     """Size, time of change and inode of a file."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def require_unchanged(inputs: Mapping[Path, tuple[int, int, int]]) -> None:
+    """Refuse files that are not what they were.
+
+    Args:
+        inputs: the `fingerprint` of each before it was read.
+
+    Raises:
+        DataError: naming the file.
+    """
+    for path, state in inputs.items():
+        if not path.exists() or fingerprint(path) != state:
+            raise DataError(f"data {path}: the file changed while it was read; start again when it is complete")
 
 
 def _has_room(place: Path, source_bytes: int) -> bool:

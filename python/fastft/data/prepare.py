@@ -533,8 +533,10 @@ def _documents(source: Source, place: Located, encoder: Encoder) -> tuple[Docume
     setting = None if encoder.seer is not None else encoder.cache
     entry = cache.entry(setting, source, place.files, encoder.identity)
     if entry is None:
+        inputs = {file: cache.fingerprint(file) for file in place.files}
         with Store() as collected:
             report = make(collected)
+            cache.require_unchanged(inputs)
             return collected.documents(), report
     documents, report = entry.get(make)
     if report.skipped and not encoder.skip:

@@ -11,7 +11,9 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +30,17 @@ ROW_KEYS = frozenset({"messages", "conversations", "conversation", "instruction"
 CHUNK_CHARACTERS = 1 << 20
 # White space of JSON.
 BLANKS = re.compile(r"[ \t\n\r]*")
-# Long documents stand in single csv fields; the csv module's own limit is 128 KiB.
-CSV_FIELD_LIMIT = 2**31 - 1
+# A row (a line, an element of an array, a cell) is read whole: the largest document is far smaller, and what is larger
+# is a broken file or one that was packed to fill the memory.
+MAX_ROW_BYTES = 32 * 1024 * 1024
+# The same of a txt file, and of an object around the rows.
+MAX_WHOLE_BYTES = 64 * 1024 * 1024
+# Values in one of them.
+MAX_VALUES = 3_000_000
+# Rows of a parquet file that are unpacked at a time, and bytes that they may take.
+BATCH_ROWS, BATCH_BYTES = 1024, 32 * 1024 * 1024
+# What the rows of a column of a parquet file may have on average.
+MAX_MEAN_BYTES = 8 * 1024 * 1024
 
 
 class HubDataset(Protocol):
@@ -104,7 +115,7 @@ def rows(path: Path) -> Iterator[Row]:
         yield from readers[chosen](path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"data {path}: not a whole gzip file ({error})") from error
-    except FileError:
+    except (FileError, DataError):
         raise
     except OSError as error:
         raise FileError(f"data {path}: cannot be read ({error.strerror or error})") from error
@@ -156,7 +167,46 @@ def table_rows(table: Any, name: str) -> Iterator[Row]:
 
 
 def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+    """Open a regular file; a pipe or a device is refused instead of waited for.
+
+    Raises:
+        FileError: it is no regular file.
+    """
+    plain = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(plain.fileno()).st_mode):
+        plain.close()
+        raise FileError(f"data {path}: not a regular file")
+    return _Unpacked(plain) if path.suffix.lower() == ".gz" else plain
+
+
+class _Unpacked(gzip.GzipFile):
+    """A .gz that closes its file."""
+
+    def __init__(self, packed: io.BufferedReader) -> None:
+        super().__init__(fileobj=packed, mode="rb")
+        self._packed = packed
+
+    def close(self) -> None:
+        super().close()
+        self._packed.close()
+
+
+def _lines(stream: gzip.GzipFile | io.BufferedReader, path: Path) -> Iterator[bytes]:
+    """The lines with their ends.
+
+    Raises:
+        DataError: a line is too long.
+    """
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise DataError(f"data {path}:{number}: {_too_long('a line')}")
+        yield line
+
+
+def _too_long(what: str) -> str:
+    return f"{what} of more than {MAX_ROW_BYTES >> 20} MiB, and no row may be longer"
 
 
 def _done(stream: gzip.GzipFile | io.BufferedReader, num_bytes: int) -> int:
@@ -167,7 +217,13 @@ def _done(stream: gzip.GzipFile | io.BufferedReader, num_bytes: int) -> int:
 
 def _text(path: Path) -> str:
     with _open(path) as stream:
-        return _decode(stream.read(), path, 1)
+        raw = stream.read(MAX_WHOLE_BYTES + 1)
+        if len(raw) > MAX_WHOLE_BYTES:
+            raise DataError(
+                f"data {path}: more than {MAX_WHOLE_BYTES >> 20} MiB that can only be read as a whole; write one row per"
+                " line (jsonl) or one list of rows (json), which are read as a stream"
+            )
+        return _decode(raw, path, 1)
 
 
 def _decode(raw: bytes, path: Path, first_line: int) -> str:
@@ -185,19 +241,23 @@ def _json(path: Path) -> Iterator[Row]:
     with _open(path) as stream:
         text = _Text(stream, path)
         text.more()
-        if text.skip_blanks() == "[" and not text.is_lines():
+        first = text.skip_blanks()
+        is_lines = text.is_lines()  # many data sets put one value per line into a .json file
+        if first == "[" and not is_lines:
             yield from _elements(text, path)
             return
-    yield from _whole_json(path)
+    yield from _jsonl(path) if is_lines else _whole_json(path)
 
 
 def _whole_json(path: Path) -> Iterator[Row]:
     text = _text(path)
+    _check_values(text, path, 1)
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        _check_characters(value, text)
+    except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.lineno > 1:
-            yield from _jsonl(path)  # many data sets put one value per line into a .json file
+            yield from _jsonl(path)  # a first line that is very long
             return
         raise DataError(_broken(path, error)) from error
     found = _row_list(value, path)
@@ -263,7 +323,7 @@ class _Text:
             return False
         try:
             json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return False
         return True
 
@@ -275,20 +335,28 @@ class _Text:
         """
         wanted = CHUNK_CHARACTERS
         while True:
+            _check_values(self.buffer, self._path, self._line)
             try:
                 found, end = _DECODER.raw_decode(self.buffer, self.place)
-            except RecursionError as error:
-                raise DataError(_broken(self._path, error)) from error
+                _check_characters(found, self.buffer[self.place : end])
             except json.JSONDecodeError as error:
                 if self.ended:
                     raise self.broken(error.msg, error.pos) from error
+            except (RecursionError, ValueError) as error:
+                raise DataError(_broken(self._path, error)) from error
             else:
                 # A number at the very end of the buffer may go on behind it.
                 if end < len(self.buffer) or self.ended:
                     self.place = end
                     return found
+            if len(self.buffer) - self.place > MAX_ROW_BYTES:
+                raise DataError(f"data {self._path}:{self._line}: {_too_long('a value')}")
             self.more(wanted)
             wanted *= 2  # a value of many chunks is tried a few times only
+
+    @property
+    def _line(self) -> int:
+        return 1 + self._lines + self.buffer.count("\n", 0, self.place)
 
     def broken(self, what: str, place: int) -> DataError:
         """An error with line and column of a place in the buffer."""
@@ -329,7 +397,33 @@ def _elements(text: _Text, path: Path) -> Iterator[Row]:
 def _broken(path: Path, error: Exception, line: int | None = None) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"data {path}:{line or error.lineno}: broken JSON, {error.msg} at column {error.colno}"
-    return f"data {path}:{line or 1}: JSON nested too deeply"
+    if isinstance(error, RecursionError):
+        return f"data {path}:{line or 1}: JSON nested too deeply"
+    return f"data {path}:{line or 1}: JSON that cannot be read, {error}"
+
+
+def _check_values(text: str, path: Path, line: int) -> None:
+    """Refuse a long text of very many values before they are made: each costs up to thirty times its characters.
+
+    Raises:
+        DataError: there are too many.
+    """
+    if len(text) > MAX_VALUES and sum(map(text.count, "[{,")) > MAX_VALUES:
+        raise DataError(f"data {path}:{line}: a value that holds more than {MAX_VALUES} others")
+
+
+def _check_characters(value: Any, text: str) -> None:
+    """Refuse halves of a character (an escaped surrogate alone), which no tokenizer takes.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise ValueError(f"{half} is half of a character; escapes of such come in pairs") from error
 
 
 def _row_list(value: Any, path: Path) -> Sequence[Any]:
@@ -351,20 +445,22 @@ def _row_list(value: Any, path: Path) -> Sequence[Any]:
 def _jsonl(path: Path) -> Iterator[Row]:
     size, done = max(path.stat().st_size, 1), 0
     with _open(path) as stream:
-        for index, raw in enumerate(stream):
+        for index, raw in enumerate(_lines(stream, path)):
             done += len(raw)
             line = _decode(raw, path, index + 1)
             if not line.strip():
                 continue
+            _check_values(line, path, index + 1)
             try:
                 value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+                _check_characters(value, line)
+            except (ValueError, RecursionError) as error:
                 raise DataError(_broken(path, error, index + 1)) from error
             yield Row(value, Where(str(path), index + 1, "line"), min(_done(stream, done) / size, 1.0))
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(CSV_FIELD_LIMIT)
+    csv.field_size_limit(MAX_ROW_BYTES)
     size = max(path.stat().st_size, 1)
     with _open(path) as stream:
         lines = _Lines(stream, path)
@@ -396,9 +492,11 @@ class _Lines:
         self.num_bytes = 0
 
     def __iter__(self) -> Iterator[str]:
-        for raw in self._stream:
+        for raw in _lines(self._stream, self._path):
             self._number += 1
             self.num_bytes += len(raw)
+            if b"\0" in raw:
+                raise DataError(f"data {self._path}:{self._number}: a NUL character; this is no text")
             yield _decode(raw, self._path, self._number)
 
 
@@ -411,12 +509,33 @@ def _parquet(path: Path) -> Iterator[Row]:
         with _open(path) as stream:
             table = pq.ParquetFile(stream)
             total = max(table.metadata.num_rows, 1)
-            for batch in table.iter_batches(batch_size=1024):
+            for batch in table.iter_batches(batch_size=_batch_rows(table.metadata, path)):
                 for value in batch.to_pylist():
                     index += 1
                     yield Row(value, Where(str(path), index), index / total)
     except pa.ArrowException as error:
         raise DataError(f"data {path}, after row {index}: broken parquet ({error})") from error
+
+
+def _batch_rows(metadata: Any, path: Path) -> int:
+    """How many rows can be unpacked at a time.
+
+    Raises:
+        DataError: the rows of a column are too large to be documents.
+    """
+    most = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for column in range(group.num_columns):
+            chunk = group.column(column)
+            each = chunk.total_uncompressed_size // max(group.num_rows, 1)
+            if each > MAX_MEAN_BYTES:
+                raise DataError(
+                    f"data {path}: its column {chunk.path_in_schema!r} has {group.num_rows} rows of {each} bytes on"
+                    f" average; at most {MAX_MEAN_BYTES} are read"
+                )
+            most = max(most, each)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(most, 1)))
 
 
 def _txt(path: Path) -> Iterator[Row]:

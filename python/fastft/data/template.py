@@ -32,6 +32,7 @@ import numpy.typing as npt
 from fastft.data.byte_level import ByteLevel
 from fastft.data.dialogue import IMAGE_MARK, Dialogue, ImageRef, Message, PlacedImage
 from fastft.data.formats import BadRowError
+from fastft.data.template_limits import TemplateLimitError, limited
 from fastft.errors import DataError
 
 # Marks stand for contents in skeletons; characters for private use, which no template touches or strips.
@@ -40,6 +41,7 @@ MARK, MARK_END = "\ue0f0", "\ue0f1"
 EOS_MARK = "\ue0f2"
 # What templates of Mistral's family demand of a call's id.
 CALL_ID = re.compile(r"[A-Za-z0-9]{9}")
+_TOO_MUCH = {MemoryError: "it makes a text that is too large", RecursionError: "it is nested too deep, or calls itself"}
 # Skeletons kept; real data sets have a few dozen patterns of roles.
 MAX_SKELETONS = 4096
 
@@ -47,6 +49,10 @@ Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 Span = tuple[int, int]
 Rendering = Sequence[Mapping[str, Any]]
+
+
+class _TooMuchError(DataError):
+    """The template takes more time or memory than it may."""
 
 
 class LeftOutError(BadRowError):
@@ -120,6 +126,8 @@ class ChatTemplate:
         self._parts = False
         try:
             self.end_of_turn, self._end_of_text, self._lead = self._ends()
+        except _TooMuchError:
+            raise
         except DataError:
             self._parts = True
             try:
@@ -280,16 +288,20 @@ class ChatTemplate:
             for messages in conversations
         ]
         try:
-            rendered, _ = render_jinja_template(
-                conversations=shown,
-                tools=list(tools) or None,
-                chat_template=self.text,
-                add_generation_prompt=generation,
-                **{**self._tokenizer.special_tokens_map, **names},
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+            with limited(len(shown), sum(len(str(message.get("content"))) for each in shown for message in each)):
+                rendered, _ = render_jinja_template(
+                    conversations=shown,
+                    tools=list(tools) or None,
+                    chat_template=self.text,
+                    add_generation_prompt=generation,
+                    **{**self._tokenizer.special_tokens_map, **names},
+                )
+        except (jinja2.TemplateError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             # A template is a program: reading what a message does not have ends in any of these.
             raise BadRowError(f"the chat template refuses the dialogue: {error}") from error
+        except (RecursionError, MemoryError, TemplateLimitError) as error:
+            what = str(error) if isinstance(error, TemplateLimitError) else _TOO_MUCH[type(error)]
+            raise _TooMuchError(f"chat template: {what}; this is no template for dialogues") from error
         return [str(text) for text in rendered]
 
     def learned_spans(

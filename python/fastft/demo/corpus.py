@@ -7,14 +7,20 @@ time it is asked for: 17 MB of text need not travel in the package when a few sm
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fastft import console, publish
 from fastft.demo import notes, stories, village
 from fastft.demo.words import Dice
+from fastft.errors import BusyError
 
 NUM_DOCUMENTS = 60_000
 SEED = 1
+# Room for the text: what 60,000 documents take, and a little.
+_TEXT_BYTES = 20_000_000
+_WAIT_S = 0.3
 
 
 def plain_story(dice: Dice) -> str:
@@ -70,26 +76,26 @@ def cached_text() -> Path:
     The folder is $XDG_CACHE_HOME/fastft, or ~/.cache/fastft. The name holds a hash of the code that makes the text, so a
     changed generator makes a new file.
     """
-    from fastft import console
-
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastft"
     path = folder / f"demo-text-{_version()}.jsonl"
-    if not path.exists():
+    while not path.exists():
         console.note(f"writing the demo's text into {path}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write(path, NUM_DOCUMENTS)
+        try:
+            write(path, NUM_DOCUMENTS)
+        except BusyError:  # another process of the same training makes it
+            time.sleep(_WAIT_S)
     return path
 
 
 def write(path: Path, count: int) -> None:
-    """Write `count` documents as jsonl; the file appears whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in documents(count))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write `count` documents as jsonl; the file appears whole or not at all.
+
+    Raises:
+        FileError: the disk refuses, or (BusyError) another process writes the file.
+    """
+    num_bytes = _TEXT_BYTES * count // NUM_DOCUMENTS
+    with publish.staged_file(path, num_bytes=num_bytes) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents(count))
 
 
 def _version() -> str:

@@ -4,13 +4,13 @@ Comes from `model.name` and `data.train.N.source` of a config; the folder goes t
 hub, and the network is asked last.
 """
 
-import difflib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fastft import spelling
 from fastft.config.mask import masked
 from fastft.errors import ConfigError, FileError, HubError
 from fastft.hub import huggingface, modelscope
@@ -183,7 +183,7 @@ def _similar(path: Path) -> str:
     """A hint at a name like it in the same folder, or at the folder that is missing."""
     if not path.parent.is_dir():
         return f" The folder {path.parent} does not exist either."
-    close = difflib.get_close_matches(path.name, (entry.name for entry in path.parent.iterdir()), n=1)
+    close = spelling.nearest(path.name, (entry.name for entry in path.parent.iterdir()), n=1)
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 

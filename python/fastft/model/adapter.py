@@ -4,10 +4,10 @@ The schema's `lora` block becomes a peft LoraConfig. Adapters are always fp32: A
 bf16 weights, and the 6 bytes more per adapter weight are little (spec training.md 2).
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fastft import spelling
 from fastft.config import schema
 from fastft.errors import ConfigError
 from fastft.model import vision
@@ -168,7 +168,7 @@ def _check_names(model: "nn.Module", field: str, wanted: tuple[str, ...]) -> Non
     for name in wanted:
         if name in ends or any(full == name or full.endswith(f".{name}") for full in names):
             continue
-        near = difflib.get_close_matches(name, sorted(ends), n=1)
+        near = spelling.nearest(name, sorted(ends), n=1)
         hint = f"did you mean {near[0]}?" if near else f"modules here: {', '.join(sorted(ends - _digits(ends)))}"
         raise ConfigError(f"{field}: {name} is no module of this model; {hint}")
 

@@ -4,7 +4,6 @@
 The order matters to a run, which checks its data (tokenizer needed) before it reads gigabytes of weights.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fastft.errors import CheckpointError, ConfigError
 from fastft.model import (
     adapter,
     device,
+    folder_check,
     freeze,
     llava,
     lora_start,
@@ -94,6 +94,7 @@ def locate(model: schema.Model) -> Base:
 
     folder = Path(hub.model(model))
     config_json = read_config(folder)
+    folder_check.check_small_files(folder)
     is_local = model.name == "demo" or Path(model.name).expanduser().exists()
     name = str(folder.resolve()) if is_local else model.name
     kind = str(config_json.get("model_type", ""))
@@ -118,14 +119,13 @@ def read_model_config(base: Base, **settings: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
+    kind = base.config_json.get("model_type", "unknown")
+    own_code = base.config_json.get("auto_map") and not settings.get("trust_remote_code")
+    hint = " (it comes with code of its own, which model.trust_remote_code: true would run)" if own_code else ""
+    # With the answer False a library does not ask on the terminal whether it may run code.
+    settings = {"trust_remote_code": False, **settings}
+    with folder_check.library_errors(f"model {base.folder}: model type {kind} cannot be read{hint}"):
         return AutoConfig.from_pretrained(base.weights_folder, **settings)
-    except (ValueError, OSError, KeyError) as cause:
-        kind = base.config_json.get("model_type", "unknown")
-        hint = ""
-        if base.config_json.get("auto_map") and not settings.get("trust_remote_code"):
-            hint = "; it comes with code of its own, which model.trust_remote_code: true would run"
-        raise CheckpointError(f"model {base.folder}: model type {kind} cannot be read{hint}") from cause
 
 
 def load(config: schema.Config) -> Loaded:
@@ -140,10 +140,13 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     Raises:
         ConfigError: the method does not fit the checkpoint.
         CheckpointError: weights or config cannot be read, or the tokenizer knows more tokens than the model.
+        FileError: the folder changed while it was read.
     """
-    quiet.prepare_libraries()
+    from fastft.convert.source import check_unchanged, looked_at
 
+    quiet.prepare_libraries()
     quiet.hide_loading_bars()
+    seen = looked_at(base.weights_folder)
     on = device.choose()
     kind = weights_kind(config.method.kind)
     stored_4bit = quantization.of_checkpoint(base.config_json)
@@ -180,6 +183,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
         waits = config.distributed.shares and "quantization_config" not in settings and stored_4bit is None
         places = placement.device_map(config.memory, model_config, "cpu" if waits else str(on), as_class)
         model = _read(as_class, base, model_config, dtype, settings=settings, places=places)
+    check_unchanged(tuple(found for path, found in seen.items() if path.suffix in (".safetensors", ".bin", ".json")))
     quantized = None
     if kind == "qlora" or stored_4bit is not None:
         quantization.make_safe(model)
@@ -211,16 +215,9 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as cause:
-        raise CheckpointError(f"model {folder}: config.json cannot be read; is this a model folder?") from cause
-    except ValueError as cause:
-        raise CheckpointError(f"model {folder}: config.json is no JSON: {cause}") from cause
-    if not isinstance(content, dict):
-        raise CheckpointError(f"model {folder}: config.json holds no JSON object")
-    return content
+    from fastft.convert.config_file import config_of
+
+    return config_of(folder)
 
 
 def checkpoint_dtype(base: Base) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 
 from fastft import console
 from fastft.config import chat_templates, schema
-from fastft.errors import CheckpointError, ConfigError
+from fastft.convert.json_file import read_object
+from fastft.errors import ConfigError
+from fastft.model import folder_check
 
 
 def load_tokenizer(folder: Path, model: schema.Model) -> Any:
@@ -46,14 +48,12 @@ def read(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
+    folder_check.check_small_files(folder)
+    with folder_check.library_errors(f"model {folder}: its tokenizer cannot be read"):
         # A class that only remote code knows is not needed when tokenizer.json holds the whole tokenizer.
         if _needs_remote_class(folder) and not trust_remote_code and (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as cause:
-        first = (str(cause) or type(cause).__name__).splitlines()[0]
-        raise CheckpointError(f"model {folder}: its tokenizer cannot be read: {first}") from cause
 
 
 def require_chat_template(tokenizer: Any, model: schema.Model) -> None:
@@ -78,9 +78,5 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def _needs_remote_class(folder: Path) -> bool:
-    import json
-
     path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return False
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("auto_map"))
+    return path.is_file() and bool(read_object(path).get("auto_map"))

@@ -5,6 +5,7 @@ in a table that is easily overlooked. Here a missing weight is an error, and wha
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 from fastft import console
 from fastft.errors import CheckpointError
+from fastft.model import folder_check
 
 _MOST_NAMES = 3
+_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)", re.ASCII)
 
 
 def read(
@@ -29,17 +32,19 @@ def read(
         how: what `from_pretrained` takes.
 
     Raises:
-        CheckpointError: weights are missing; or files cannot be read, or fit no model.
+        CheckpointError: weights are missing or of another shape; there are more layers than config.json knows; or files
+            cannot be read, or fit no model.
     """
-    import torch
-
-    try:
-        with _without_report():
-            model, told = model_class.from_pretrained(folder, output_loading_info=True, **how)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as cause:
-        raise CheckpointError(f"model {folder}: cannot be read: {(str(cause).splitlines() or [''])[0]}") from cause
+    folder_check.check_weights(folder)
+    with folder_check.library_errors(f"model {folder}: cannot be read"), _without_report():
+        model, told = model_class.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **how)
+    mismatched = sorted(told["mismatched_keys"], key=str)
+    if mismatched:
+        name, there, wanted = mismatched[0]
+        raise CheckpointError(
+            f"model {folder}: {name} is {tuple(there)} in the files, but config.json makes it {tuple(wanted)}; one of them"
+            " is of another model"
+        )
     missing = sorted(set(told["missing_keys"]) - set(drawn))
     if missing:
         raise CheckpointError(
@@ -47,6 +52,12 @@ def read(
             "are of another model, or incomplete"
         )
     unexpected = sorted(set(told["unexpected_keys"]) - set(dropped))
+    kinds = {_NUMBER.sub("N", name) for name in model.state_dict()}
+    more = [name for name in unexpected if _NUMBER.sub("N", name) in kinds]
+    if more:
+        raise CheckpointError(
+            f"model {folder}: its files hold {more[0]}, a layer that config.json does not know; the model would be cut off"
+        )
     if unexpected:
         console.note(
             f"model: {len(unexpected)} tensors in the files are no part of a {type(model).__name__} and are not read: "
@@ -65,7 +76,8 @@ def _without_report() -> Iterator[None]:
     logger = logging.getLogger("transformers.modeling_utils")
 
     def keeps(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+        text = record.getMessage()
+        return "LOAD REPORT" not in text and "layers were not sharded" not in text
 
     logger.addFilter(keeps)
     try:

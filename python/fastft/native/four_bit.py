@@ -15,6 +15,7 @@ import numpy as np
 
 from fastft import _native
 from fastft.convert.bitsandbytes_layout import BLOCKSIZES
+from fastft.convert.json_file import parse_object
 from fastft.convert.mean import mean
 from fastft.errors import ArrayError, CheckpointError
 from fastft.native.array import FLOATS, Array, Kind, Memory, Same, dtype_name, empty, floats, is_torch, memory, target
@@ -386,13 +387,7 @@ def _as_torch(array: Array) -> Any:
 def _parsed(text: Memory, where: str) -> dict[str, Any]:
     if text.dtype != "uint8" or len(text.data) > _MOST_JSON_BYTES:
         raise CheckpointError(f"{where}: quant_state is no short text")
-    try:
-        said = json.loads(text.data.tobytes().decode())
-    except ValueError as problem:
-        raise CheckpointError(f"{where}: quant_state is no JSON: {problem}") from problem
-    if not isinstance(said, dict):
-        raise CheckpointError(f"{where}: quant_state is no JSON object")
-    return said
+    return parse_object(text.data.tobytes(), f"{where}: quant_state")
 
 
 def _said(said: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:

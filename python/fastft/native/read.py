@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastft import _native
 from fastft.convert.folder import existing_folder, read_safetensors, read_weights
-from fastft.convert.source import Fingerprint, Source, check_unchanged, fingerprint, rows_of
+from fastft.convert.source import Fingerprint, Source, as_seen, check_unchanged, looked_at, rows_of
 from fastft.errors import ArrayError, CheckpointError
 from fastft.native.array import NAMES, SIZES, Array, Kind, empty, target
 
@@ -39,11 +39,18 @@ class Tensor:
 class CheckpointReader(Mapping[str, Array]):
     """The tensors of a checkpoint by name, read when they are asked for; made by `open_checkpoint`."""
 
-    def __init__(self, sources: Mapping[str, Source], kind: Kind, *, bits: bool, threads: int | None) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        seen: Mapping[Path, Fingerprint],
+        kind: Kind,
+        *,
+        bits: bool,
+        threads: int | None,
+    ) -> None:
         self._sources = dict(sources)
-        self._fingerprints: dict[Path, Fingerprint] = {
-            file: fingerprint(file) for file in {source.file for source in self._sources.values()}
-        }
+        files = {source.file for source in self._sources.values()}
+        self._fingerprints = dict(zip(files, as_seen(seen, files), strict=True))
         self._kind, self._bits, self._threads = kind, bits, threads
 
     def __len__(self) -> int:
@@ -91,6 +98,7 @@ class CheckpointReader(Mapping[str, Array]):
         written = target(result, f"{what}: out", dtype, source.shape)
         check_unchanged((self._fingerprints[source.file],))
         _native.read_into(source.file, source.offset, written.data, threads=self._threads)
+        check_unchanged((self._fingerprints[source.file],))
         return result
 
 
@@ -117,9 +125,10 @@ def open_checkpoint(
         raise ArrayError(f"open_checkpoint: kind {kind!r} is not allowed; use numpy or torch")
     if kind == "torch":
         import torch as _  # noqa: F401  `empty` finds it loaded
-    path = Path(path)
+    path = Path(path).resolve()
+    seen = looked_at(path)
     sources = read_safetensors(path) if path.is_file() else read_weights(existing_folder(path, "the checkpoint"))[0]
-    return CheckpointReader(sources, kind, bits=bits, threads=threads)
+    return CheckpointReader(sources, seen, kind, bits=bits, threads=threads)
 
 
 def _dtype(name: str, source: Source) -> str:

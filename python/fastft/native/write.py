@@ -127,6 +127,7 @@ class ShardedWriter:
     def _write(self, folder: Path, tensors: Mapping[str, tuple[Memory, Array]]) -> None:
         self._shards.append(list(tensors))
         failed, self._failed = self._failed, True
+        publish.require_space(self._target, sum(found.data.nbytes for found, _ in tensors.values()))
         _native.write_file(
             folder / _unfinished(len(self._shards)),
             [(name, SAFETENSORS[found.dtype], found.shape, found.data) for name, (found, _) in tensors.items()],

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastft import stop
 from fastft.config import schema
-from fastft.errors import CheckpointError, ConfigError
+from fastft.errors import ConfigError
+from fastft.model import folder_check, quantization
 from fastft.model import load as model_load
-from fastft.model import quantization
 from fastft.plan.accounting import Subject
 
 _LAID_OUT_AS_LLAMA = ("internlm", "internlm2")
@@ -72,13 +73,11 @@ def _read_as(config: schema.Config, kind: str, config_json: Mapping[str, Any]) -
         )
     if config.task == "reward" and kind not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise ConfigError(f"plan: transformers has no classifier of type {kind}, so no reward model is made of it")
-    with tempfile.TemporaryDirectory() as folder:
+    with stop.held(), tempfile.TemporaryDirectory() as folder:
         content = {key: value for key, value in config_json.items() if key != "auto_map"}
         (Path(folder) / "config.json").write_text(json.dumps(content))
-        try:
-            return AutoConfig.from_pretrained(folder)
-        except (ValueError, OSError, KeyError) as cause:
-            raise CheckpointError(f"model {config.model.name}: config.json cannot be read: {cause}") from cause
+        with folder_check.library_errors(f"model {config.model.name}: config.json cannot be read"):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _dtype(config_json: Mapping[str, Any]) -> Any:

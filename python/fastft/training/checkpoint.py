@@ -1,23 +1,28 @@
 """Checkpoints that are there whole or not at all.
 
 `checkpoint-N` is filled under a staging name, flushed to the disk and renamed, so that a kill or a full disk never
-leaves a half one under its final name. A manifest inside holds the size of each file and what the run was, for
-`resume`. Older checkpoints are deleted only when the newer one is durable.
+leaves a half one under its final name. A manifest inside holds the size of each file, the hash of each that is not
+large, and what the run was, for `resume`. Older checkpoints are deleted only when the newer one is durable.
 """
 
+import errno
+import hashlib
 import json
+import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastft import console, publish
-from fastft.errors import FileError
 
 MANIFEST = "fastft_checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+# Larger files have no hash in the manifest: all of an adapter's checkpoint is hashed in a moment, the weights and
+# moments of a whole model would hold up the training.
+_MOST_HASHED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,14 @@ class Checkpoint:
         path: the folder.
         fault: why it cannot be used, None when it is whole.
         record: what the run was when it was written: the manifest without the files.
+        num_bytes: of all files together; 0 when it cannot be used.
     """
 
     step: int
     path: Path
     fault: str | None
     record: Mapping[str, Any]
+    num_bytes: int = 0
 
 
 def save(run_dir: Path, step: int, fill: Callable[[Path], None], record: Mapping[str, Any]) -> Path:
@@ -50,39 +57,67 @@ def save(run_dir: Path, step: int, fill: Callable[[Path], None], record: Mapping
         the folder; it is durable.
 
     Raises:
-        FileError: the disk is full or refuses; nothing is left behind and older checkpoints are whole.
+        FileError: the disk is full or refuses, also when it has no room for one more like the newest; nothing is left
+            behind and older checkpoints are whole.
     """
     target = run_dir / f"checkpoint-{step}"
-    try:
-        with publish.staged(target, force=True) as staging:
+    newest = next((found for found in find(run_dir) if found.path != target), None)
+    num_bytes = 0 if newest is None else newest.num_bytes
+    with publish.staged(target, force=True, num_bytes=num_bytes) as staging:
+        with disk_errors():
             fill(staging)
-            sizes = {str(f.relative_to(staging)): f.stat().st_size for f in sorted(staging.rglob("*")) if f.is_file()}
-            manifest = {"step": step, "files": sizes, **record}
-            (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    except OSError as cause:
-        if isinstance(cause, FileError):
-            raise
-        raise FileError(
-            f"checkpoint {target}: cannot be written: {cause.strerror or cause}; {_room(run_dir)}"
-        ) from cause
+        files = [f for f in sorted(staging.rglob("*")) if f.is_file()]
+        manifest = {
+            "step": step,
+            "files": {str(f.relative_to(staging)): f.stat().st_size for f in files},
+            "sha256": {str(f.relative_to(staging)): _sha256(f) for f in files if _is_hashed(f)},
+            **record,
+        }
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return target
 
 
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """What safetensors and torch make of a disk that refuses, as the OSError that it was.
+
+    Raises:
+        OSError: with the system's number; EIO where torch does not tell it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if (found := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(errno.EIO, "torch could not write all of a file") from error
+
+
 def find(run_dir: Path) -> list[Checkpoint]:
-    """All checkpoints of a run, newest first, broken ones included."""
+    """All checkpoints of a run, newest first, broken ones included; see `examine`."""
     if not run_dir.is_dir():
         return []
     steps = [(int(match[1]), f) for f in run_dir.iterdir() if (match := _NAME.fullmatch(f.name)) and f.is_dir()]
     return [examine(path) for _, path in sorted(steps, reverse=True)]
 
 
-def examine(path: Path) -> Checkpoint:
-    """Read a checkpoint's manifest and hold the files against it."""
+def examine(path: Path, *, with_hashes: bool = False) -> Checkpoint:
+    """Read a checkpoint's manifest and hold the files against it.
+
+    Args:
+        path: the folder.
+        with_hashes: read the files too; else their sizes are looked at, which a cut-off write has changed.
+    """
     match = _NAME.fullmatch(path.name)
     step = int(match[1]) if match else -1
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest.pop("files"))
+        files, hashes = dict(manifest.pop("files")), dict(manifest.pop("sha256", {}))
         step = int(manifest["step"])
     except OSError:
         return Checkpoint(step, path, f"{MANIFEST} is missing", {})
@@ -94,28 +129,25 @@ def examine(path: Path) -> Checkpoint:
             return Checkpoint(step, path, f"{name} is missing", manifest)
         if file.stat().st_size != size:
             return Checkpoint(step, path, f"{name} has {file.stat().st_size} bytes instead of {size}", manifest)
-    return Checkpoint(step, path, None, manifest)
+        if with_hashes and name in hashes and _sha256(file) != hashes[name]:
+            return Checkpoint(step, path, f"{name} is not what was written (its hash is another)", manifest)
+    return Checkpoint(step, path, None, manifest, sum(files.values()))
 
 
 def keep_newest(run_dir: Path, keep: int) -> None:
     """Delete whole checkpoints but the `keep` newest; broken ones are left for the user to look at."""
     whole = [found for found in find(run_dir) if found.fault is None]
     for old in whole[keep:]:
-        # Renamed first: a kill in the middle must not leave a half checkpoint under its final name.
-        doomed = old.path.with_name(f".{old.path.name}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
         try:
-            old.path.rename(doomed)
-            shutil.rmtree(doomed)
+            publish.remove(old.path)
         except OSError as cause:
             console.warn(f"checkpoint {old.path.name}: cannot be deleted: {cause.strerror}")
 
 
-def remove_leftovers(run_dir: Path) -> None:
-    """Remove half-deleted checkpoints of a killed run."""
-    for doomed in run_dir.glob(".checkpoint-*.deleted"):
-        shutil.rmtree(doomed, ignore_errors=True)
+def _is_hashed(file: Path) -> bool:
+    return file.stat().st_size <= _MOST_HASHED_BYTES
 
 
-def _room(folder: Path) -> str:
-    return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,13 +7,36 @@ log.txt, fastft_training.json.
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fastft.errors import FileError
+from fastft import publish
+from fastft.errors import BusyError, FileError
 
 RESULTS = ("adapter", "model")
 # Less than this and not even the files of a tiny run fit.
 _LEAST_FREE_BYTES = 50_000_000
+
+
+@contextmanager
+def held(run_dir: Path, *, resume: bool) -> Iterator[None]:
+    """`prepare` the folder, and keep other trainings out of it meanwhile.
+
+    Raises:
+        BusyError: another process trains there.
+        FileError: see `prepare`.
+    """
+    prepare(run_dir, resume=resume)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(publish.claimed(run_dir / "run"))
+        except BusyError:
+            raise BusyError(
+                f"run folder {run_dir}: another process trains there; wait until it is done, or choose another --work-dir"
+            ) from None
+        prepare(run_dir, resume=resume)  # the one before us may have ended in between
+        yield
 
 
 def prepare(run_dir: Path, *, resume: bool) -> None:
@@ -28,8 +51,9 @@ def prepare(run_dir: Path, *, resume: bool) -> None:
         _refuse_a_run(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        # A file, because os.access says yes to root and on some network disks that then refuse.
-        with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".write-test-"):
+        # A file, because os.access says yes to root and on some network disks that then refuse. It has no name, so
+        # that nothing can be left of it.
+        with tempfile.TemporaryFile(dir=run_dir):
             pass
         free = shutil.disk_usage(run_dir).free
     except OSError as cause:

@@ -194,11 +194,7 @@ def run(words: Sequence[str], start: Start) -> int:
         the exit code of the process that failed first, or 0.
     """
     command = [sys.executable, "-m", "fastft", *words]
-    # A session of their own: the terminal's Ctrl-C reaches them once, through here.
-    processes = [
-        subprocess.Popen(command, env=env, start_new_session=True)  # noqa: S603 - our own Python
-        for env in environments(start)
-    ]
+    processes: list[subprocess.Popen[bytes]] = []
     handed_on = False
 
     def hand_on(number: int, _frame: object) -> None:
@@ -209,6 +205,11 @@ def run(words: Sequence[str], start: Start) -> int:
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     code = 0
     try:
+        for env in environments(start):
+            if handed_on:
+                break
+            # A session of their own: the terminal's Ctrl-C reaches them once, through here.
+            processes.append(subprocess.Popen(command, env=env, start_new_session=True))  # noqa: S603 - our own Python
         while True:
             codes = [process.poll() for process in processes]
             code = code or next((c for c in codes if c), 0)

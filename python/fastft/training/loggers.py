@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastft import publish
 from fastft.config import schema
 from fastft.config.mask import masked
 from fastft.errors import ConfigError
@@ -70,7 +71,7 @@ def _wandb(config: schema.Config, settings: Mapping[str, Any], run_dir: Path, _s
 
     path = run_dir / WANDB_ID
     if not path.is_file():
-        path.write_text(secrets.token_hex(8), encoding="utf-8")
+        publish.write_text(path, secrets.token_hex(8))
     run: Any = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "fastft"),
         name=config.name,

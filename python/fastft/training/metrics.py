@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from fastft import console
+from fastft import console, publish
 
 Advance = Callable[..., None]
 # Trainer's names of what is kept; everything else that it logs (flos, runtime) is not.
@@ -41,11 +41,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps, which a resumed run writes anew."""
+def drop_after(path: Path, step: int, last: int) -> None:
+    """Remove the lines that a run resumed from `step` writes anew.
+
+    Args:
+        path: metrics.jsonl or samples.jsonl.
+        step: of the checkpoint.
+        last: step of the run, whose eval and answers come after its checkpoint.
+    """
+
+    def known(line: Mapping[str, Any]) -> bool:
+        at = line.get("step", 0)
+        return at <= step and not (at == last and ("eval_loss" in line or "answer" in line))
+
     if path.is_file():
-        kept = [line for line in read(path) if line.get("step", 0) <= step]
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in read(path) if known(line)]
+        publish.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:

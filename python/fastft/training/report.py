@@ -1,8 +1,11 @@
 """What is left behind to look at: loss.png."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fastft import publish
 
 # Points from which a smoothed curve says more than the raw one; the raw values stay visible behind it.
 SMOOTHED_FROM = 40
@@ -12,7 +15,7 @@ def plot(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> bool:
     """Draw the loss over the steps as PNG.
 
     Args:
-        path: file to write.
+        path: file to write; an older one is replaced at once.
         lines: of metrics.jsonl.
         title: above the picture.
 
@@ -43,7 +46,9 @@ def plot(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> bool:
     axes.grid(visible=True, color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    publish.write_bytes(path, picture.getvalue())
     return True
 
 

@@ -41,12 +41,13 @@ def choose(run_dir: Path, wanted: str) -> Checkpoint | None:
         TrainingError: the path is no whole checkpoint, or every checkpoint of the run is broken.
     """
     if wanted != "auto":
-        found = checkpoint.examine(Path(wanted))
+        found = checkpoint.examine(Path(wanted), with_hashes=True)
         if found.fault is not None:
             raise TrainingError(f"--resume {wanted}: this is no whole checkpoint: {found.fault}")
         return found
     all_found = checkpoint.find(run_dir)
-    for found in all_found:
+    for seen in all_found:
+        found = checkpoint.examine(seen.path, with_hashes=True)
         if found.fault is None:
             return found
         console.warn(f"{found.path.name} is skipped: {found.fault}")

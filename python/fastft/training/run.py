@@ -4,14 +4,15 @@ What can be refused is refused in that order, cheapest first, so that nobody wai
 a wrong path. `run` is the door for `fastft train`; `dry_run` does everything up to the weights.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastft import console
+from fastft import console, publish, stop
 from fastft.config import schema, show
 from fastft.errors import DataError, FileError, TrainingError
 from fastft.model import device, lora_start, quiet, tokenizer
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Bytes per trained weight in a checkpoint: fp32 weight and two moments.
 _STATE_BYTES = 12
+# Bytes per trained weight that the result has at least.
+_RESULT_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,12 @@ def run(config: schema.Config, *, work_dir: Path, resume: str | None = None) -> 
     started = time.monotonic()
     _check_choices(config, launch.num_processes())
     writes = launch.rank() == 0
-    if writes:
-        folder.prepare(work_dir, resume=resume is not None)
-    quieted = nullcontext() if writes else console.silenced()
-    with quieted, console.copied_to(work_dir / "log.txt") if writes else nullcontext():
+    with _disk_named(work_dir), ExitStack() as stack:
+        if writes:
+            stack.enter_context(folder.held(work_dir, resume=resume is not None))
+            stack.enter_context(console.copied_to(work_dir / "log.txt"))
+        else:
+            stack.enter_context(console.silenced())
         return _run(config, work_dir, resume, writes=writes, started=started)
 
 
@@ -125,11 +130,9 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     found = None if wanted is None else resume.choose(work_dir, wanted)
     prepared = _prepare(config)
     if writes:
-        from fastft import publish
-
         publish.write_text(work_dir / "config.yaml", show.flat_yaml(config))
 
-    from fastft.training import checkpoint, metrics, page, record, refresh, trainer
+    from fastft.training import metrics, page, record, refresh, trainer
 
     processes = launch.num_processes()
     rows = _num_rows(config, prepared.data)
@@ -139,9 +142,9 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
         resume.check_same_run(found, config, counts)
         console.note(f"going on from {found.path} (step {found.step} of {steps})")
     if writes:
-        checkpoint.remove_leftovers(work_dir)
+        publish.remove_leftovers(work_dir)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            metrics.drop_after(work_dir / name, found.step if found else -1)
+            metrics.drop_after(work_dir / name, found.step if found else -1, steps)
 
     from transformers import set_seed
 
@@ -163,13 +166,15 @@ def _run(config: schema.Config, work_dir: Path, wanted: str | None, *, writes: b
     if writes:
         _require_space(work_dir, loaded.model, config)
     on_page = page.About(config, steps, prepared.data.report.lines(), about)
-    loss, weights = _train(
-        config, work_dir, loaded, prepared, on_page, planned=choice.config, found=found, writes=writes
-    )
-
     artifact = work_dir / _artifact_name(config)
+    with _failure_on_page(work_dir, on_page, writes=writes):
+        loss, weights = _train(
+            config, work_dir, loaded, prepared, on_page, planned=choice.config, found=found, writes=writes
+        )
+        if writes:
+            files = _processor_files(config, prepared)
+            _write_result(config, artifact, loaded, about, weights, processor_files=files)
     if writes:
-        _write_result(config, artifact, loaded, about, weights, processor_files=_processor_files(config, prepared))
         lines = metrics.read(work_dir / "metrics.jsonl")
         refresh.draw(work_dir, on_page, state="finished")
         loss = next((line["loss"] for line in reversed(lines) if "loss" in line), loss)
@@ -335,13 +340,13 @@ def _train(
                 extra_files=beside,
             )
             status.trainer = work
-            with interrupt.listening(), _disk_named(work_dir):
+            with interrupt.listening():
                 output = work.train(resume_from_checkpoint=str(found.path) if found else None)
             if has_eval and interrupt.received is None:
                 work.evaluate()
     if interrupt.received is not None:
         if writes:
-            refresh.draw(work_dir, on_page, state="stopped")
+            refresh.draw(work_dir, on_page, state=f"stopped by {signal.Signals(interrupt.received).name}")
         _say_how_to_go_on(work_dir, work.state.global_step)
         raise SystemExit(interrupt.exit_code)
     if not torch.isfinite(torch.tensor(float(output.training_loss))):
@@ -436,15 +441,31 @@ def _fits_on_gpu(config: schema.Config, where: Callable[[], str]) -> Iterator[No
 
 @contextmanager
 def _disk_named(work_dir: Path) -> Iterator[None]:
-    """An error of the disk during the training names the run folder."""
+    """An error of the disk names the run folder: metrics and log are written without a word of their own."""
     try:
         yield
     except OSError as cause:
-        if isinstance(cause, FileError):
+        if (clear := publish.told(cause, work_dir)) is cause:
             raise
-        raise FileError(
-            f"run folder {work_dir}: {cause.strerror or cause}; checkpoints that are there are whole"
-        ) from cause
+        raise FileError(f"{clear}; checkpoints that are there are whole") from cause
+
+
+@contextmanager
+def _failure_on_page(work_dir: Path, on_page: Any, *, writes: bool) -> Iterator[None]:
+    """What stops a training stands on report.html too, which would say for ever that it is running."""
+    from fastft.training import refresh
+
+    try:
+        with stop.held():
+            yield
+    except (Exception, KeyboardInterrupt) as error:
+        if writes:
+            why = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+            try:
+                refresh.draw(work_dir, on_page, state=f"stopped: {why}")
+            except FileError as other:
+                console.warn(f"the report is not renewed: {other}")
+        raise
 
 
 def _write_result(
@@ -456,11 +477,11 @@ def _write_result(
     *,
     processor_files: Callable[[Path], None],
 ) -> None:
-    from fastft import publish
-    from fastft.training import llava_result, record, trainer
+    from fastft.training import checkpoint, llava_result, record, trainer
 
     try:
-        with publish.staged(artifact, force=True) as staging:
+        num_bytes = _trained_weights(loaded.model) * _RESULT_BYTES
+        with publish.staged(artifact, force=True, num_bytes=num_bytes) as staging, checkpoint.disk_errors():
             if artifact.name == llava_result.NAME:
                 llava_result.write(config, loaded, staging, about, weights)
             else:
@@ -469,13 +490,8 @@ def _write_result(
             record.write(staging, about)
             processor_files(staging)
         record.write(artifact.parent, about)
-    except OSError as cause:
-        if isinstance(cause, FileError):
-            raise
-        raise FileError(
-            f"result {artifact}: cannot be written: {cause.strerror or cause}; the last checkpoint is whole, free some "
-            "space and run again with --resume auto"
-        ) from cause
+    except FileError as cause:
+        raise FileError(f"result: {cause}; the last checkpoint is whole: run again with --resume auto") from cause
 
 
 def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
@@ -506,8 +522,11 @@ def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
 
 
 def _require_space(work_dir: Path, model: Any, config: schema.Config) -> None:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    folder.require_space(work_dir, trained * _STATE_BYTES, config.output.keep)
+    folder.require_space(work_dir, _trained_weights(model) * _STATE_BYTES, config.output.keep)
+
+
+def _trained_weights(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _held(loaded: model_load.Loaded) -> str:

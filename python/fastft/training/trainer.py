@@ -203,6 +203,12 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         )
         return EpochLoader(self.rows, batches, self.data_collator, pin=args.dataloader_pin_memory)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As Trainer's; nothing once all steps are made: a run resumed from its last checkpoint would make one more."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - the Trainer's name
         """Not counted: walking over all modules at each step costs more than a small model's forward."""
         return 0

@@ -14,6 +14,9 @@ pub enum Error {
     /// The disk, a path or a permission stands in the way: `FileError`.
     #[error("{0}")]
     File(String),
+    /// The same where the system said why: `FileError` with that `errno`.
+    #[error("{0}")]
+    System(String, i32),
     /// What is asked for cannot be right: `PlanError`.
     #[error("{0}")]
     Plan(String),
@@ -26,12 +29,19 @@ impl Error {
     /// `doing` (as in "cannot read") failed for `path` with `cause`.
     #[must_use]
     pub fn from_io(doing: &str, path: &Path, cause: &io::Error) -> Self {
-        let advice = match cause.raw_os_error() {
+        let number = cause.raw_os_error();
+        let advice = match number {
+            Some(5) => "; the disk failed, the system's log may say more",
+            Some(24) => "; too many files are open (ulimit -n)",
+            Some(27) => "; no file may be so large there (ulimit -f, or the file system's own limit)",
             Some(28) => "; make room on that disk and run again",
             Some(122) => "; your quota there is used up",
-            Some(24) => "; too many files are open (ulimit -n)",
             _ => "",
         };
-        Self::File(format!("{doing} {}: {cause}{advice}", path.display()))
+        let text = format!("{doing} {}: {cause}{advice}", path.display());
+        match number {
+            Some(number) => Self::System(text, number),
+            None => Self::File(text),
+        }
     }
 }

@@ -72,6 +72,15 @@ impl Header {
         input.read_at(&mut text, LENGTH_BYTES)?;
         parse(&text, data_start, input.size_bytes()).map_err(fail)
     }
+
+    /// Checks the text of a header, of a file of `file_bytes` bytes.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn from_text(text: &[u8], file_bytes: u64) -> std::result::Result<Self, String> {
+        let data_start = check_length(text.len() as u64, file_bytes)?;
+        parse(text, data_start, file_bytes)
+    }
 }
 
 /// Where the data start, if a header of `length` bytes is allowed in a file of `file_bytes`.

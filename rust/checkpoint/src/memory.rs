@@ -1,6 +1,7 @@
 //! Tensors that lie in memory, into a file and back: by position, on several threads, without a second copy.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -19,16 +20,18 @@ const PIECE_BYTES: usize = 8 << 20;
 ///
 /// # Arguments
 /// * `data`: the bytes of each tensor, row-major and little-endian.
+/// * `watch`: called in the calling thread before each piece that it writes; `Break` stops the writing.
 ///
 /// # Errors
 /// The layout is refused (see [`Layout::new`]), the bytes of a tensor are not those of its shape, there is such a file
-/// already, or the disk refuses; then a part of the file may be left.
+/// already, the disk refuses, or `watch` stopped it; then a part of the file may be left.
 pub fn write_file(
     path: &Path,
     tensors: &[TensorSpec],
     data: &[&[u8]],
     metadata: &BTreeMap<String, String>,
     threads: usize,
+    watch: &(dyn Fn() -> ControlFlow<()> + Sync),
 ) -> Result<u64> {
     let layout = Layout::new(tensors, metadata)?;
     let mut pieces: Vec<(&[u8], u64)> = vec![(&layout.head, 0)];
@@ -48,8 +51,13 @@ pub fn write_file(
     let output = Output::create(path, layout.size_bytes)?;
     // In the order of the file: the last piece, which waits for all others, is then the last to be taken.
     let next = AtomicUsize::new(0);
-    on_threads(threads.min(pieces.len()), |_| {
+    on_threads(threads.min(pieces.len()), |thread| {
         while let Some((piece, offset)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if thread == 0 && watch().is_break() {
+                output.give_up();
+                next.store(pieces.len(), Ordering::Relaxed);
+                return Err(Error::File(format!("{}: stopped before it was whole", path.display())));
+            }
             output.write_at(piece, *offset).inspect_err(|_| output.give_up())?;
         }
         Ok(())
@@ -117,6 +125,10 @@ mod tests {
 
     type Outcome = std::result::Result<(), Box<dyn std::error::Error>>;
 
+    fn go_on() -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
     fn spec(name: &str, dtype: Dtype, length: u64) -> TensorSpec {
         TensorSpec { name: name.to_owned(), dtype, shape: vec![length] }
     }
@@ -136,7 +148,7 @@ mod tests {
         let data: [&[u8]; 3] = [&large, &[], &large[7..11]];
         for threads in [1, 2, 5] {
             let path = folder.path().join(threads.to_string());
-            assert_eq!(write_file(&path, &specs, &data, &BTreeMap::new(), threads)?, expected.len() as u64);
+            assert_eq!(write_file(&path, &specs, &data, &BTreeMap::new(), threads, &go_on)?, expected.len() as u64);
             assert!(std::fs::read(&path)? == expected, "{threads} threads");
             let mut back = vec![0; expected.len() - 11];
             read_into(&Input::open(&path)?, 11, &mut back, threads)?;
@@ -146,10 +158,24 @@ mod tests {
     }
 
     #[test]
+    fn a_write_is_stopped_in_the_middle() -> Outcome {
+        let folder = tempfile::tempdir()?;
+        let large = vec![7; 4 * PIECE_BYTES];
+        for threads in [1, 3] {
+            let path = folder.path().join(threads.to_string());
+            let specs = [spec("large", Dtype::U8, large.len() as u64)];
+            let problem = write_file(&path, &specs, &[&large], &BTreeMap::new(), threads, &|| ControlFlow::Break(()));
+            assert!(matches!(problem, Err(Error::File(text)) if text.contains("stopped before it was whole")));
+            assert!(std::fs::metadata(&path)?.len() < large.len() as u64, "its full length means full content");
+        }
+        Ok(())
+    }
+
+    #[test]
     fn bytes_that_do_not_fit_a_shape_are_refused_before_there_is_a_file() -> Outcome {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("file");
-        let problem = write_file(&path, &[spec("a", Dtype::F32, 2)], &[&[0; 7]], &BTreeMap::new(), 1);
+        let problem = write_file(&path, &[spec("a", Dtype::F32, 2)], &[&[0; 7]], &BTreeMap::new(), 1, &go_on);
         assert!(matches!(problem, Err(Error::Plan(text)) if text.contains("\"a\": 7 bytes, but its shape has 8")));
         assert!(!path.exists());
         Ok(())

@@ -21,6 +21,8 @@ pub struct Job {
     pub(crate) tensors: Vec<Made>,
     /// Bytes of all tensors that will be written.
     pub(crate) total_bytes: u64,
+    /// As in [`Plan::finite`].
+    finite: bool,
 }
 
 /// A file that will be written.
@@ -40,6 +42,8 @@ pub(crate) struct Made {
     pub num_rows: u64,
     pub row_bytes: u64,
     pub kind: Kind,
+    /// What its values are, where none may be infinite or undefined.
+    pub must_be_finite: Option<Element>,
 }
 
 /// How the rows of a tensor are made.
@@ -101,7 +105,7 @@ impl Job {
     /// stands twice.
     pub fn new(plan: Plan) -> Result<Self> {
         let inputs = plan.files.iter().map(|path| Input::open(path)).collect::<Result<Vec<_>>>()?;
-        let mut job = Self { inputs, files: Vec::new(), tensors: Vec::new(), total_bytes: 0 };
+        let mut job = Self { inputs, files: Vec::new(), tensors: Vec::new(), total_bytes: 0, finite: plan.finite };
         let mut paths = HashSet::new();
         let mut companions = Vec::new();
         for shard in plan.shards {
@@ -193,7 +197,16 @@ impl Job {
             }
             self.total_bytes += placed.nbytes;
             let file = self.files.len();
-            self.tensors.push(Made { name: tensor.name, file, offset: placed.offset, num_rows, row_bytes, kind });
+            let must_be_finite = if self.finite { check.element(tensor.dtype).ok() } else { None };
+            self.tensors.push(Made {
+                name: tensor.name,
+                file,
+                offset: placed.offset,
+                num_rows,
+                row_bytes,
+                kind,
+                must_be_finite,
+            });
         }
         self.files.push(File { path, head: layout.head, size_bytes: layout.size_bytes });
         Ok(())

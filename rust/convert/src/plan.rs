@@ -14,6 +14,9 @@ pub struct Plan {
     pub files: Vec<PathBuf>,
     /// The files that are written.
     pub shards: Vec<Shard>,
+    /// Whether a weight (f32, f16, bf16) that is infinite or undefined is an error, copied ones included.
+    #[serde(default)]
+    pub finite: bool,
 }
 
 /// A file that is written.

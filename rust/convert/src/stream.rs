@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use fastft_checkpoint::{Error, Output, Result};
 use fastft_kernels::Cpu;
+use fastft_kernels::finite::all_finite;
 
 use crate::device::Device;
 use crate::job::{Job, Kind, Made};
@@ -52,6 +53,9 @@ pub enum Outcome {
     Stopped,
 }
 
+const NOT_FINITE: &str = "it holds values that are not finite (infinite or undefined), so the model would answer nonsense; \
+    the weights in the source are broken";
+
 /// How often the caller is asked whether to go on.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -91,6 +95,8 @@ fn flow(
     let num_threads = limits.num_threads.max(1);
     let tile_bytes = (limits.memory_budget_bytes / (4 * num_threads)).clamp(SMALLEST_TILE_BYTES, LARGEST_TILE_BYTES);
     let tile_bytes = if limits.device.is_some() { tile_bytes.max(DEVICE_TILE_BYTES) } else { tile_bytes };
+    // A tile of a copy begins with a value.
+    let tile_bytes = tile_bytes & !63;
     let stream = Stream::new(job, cpu, tile_bytes, scan, limits.device)?;
     let panicked = std::thread::scope(|scope| {
         let (alive, all_ended) = channel::<()>();
@@ -310,7 +316,7 @@ impl<'a> Stream<'a> {
         };
         let offset = made.offset + start;
         let copied = match &made.kind {
-            Kind::Copy { place } => {
+            Kind::Copy { place } if made.must_be_finite.is_none() => {
                 self.copy(made, place.input, place.offset + tile.first_row as u64, nbytes, offset)?
             }
             _ => None,
@@ -372,6 +378,11 @@ impl<'a> Stream<'a> {
             return Ok(());
         }
         tile::make(made, &reader, tile.first_row, tile.num_rows, buffers)?;
+        if let Some(element) = made.must_be_finite
+            && !all_finite(element, &buffers.output)
+        {
+            return Err(reader.refuse(NOT_FINITE));
+        }
         if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1 {
             tile::finish(&made.kind, &made.name, self.device);
             if let Kind::Quantize(quantize) = &made.kind {

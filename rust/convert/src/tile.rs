@@ -80,6 +80,7 @@ pub fn named(tensor: &str, error: Error) -> Error {
     match error {
         Error::Checkpoint(reason) => Error::Checkpoint(name(reason)),
         Error::File(reason) => Error::File(name(reason)),
+        Error::System(reason, number) => Error::System(name(reason), number),
         Error::Plan(reason) => Error::Plan(name(reason)),
     }
 }

@@ -7,6 +7,7 @@
 pub mod cast;
 pub mod dora;
 pub mod element;
+pub mod finite;
 pub mod level;
 pub mod merge;
 pub mod nf4;

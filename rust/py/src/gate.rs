@@ -24,10 +24,16 @@ fn bug(payload: &(dyn Any + Send)) -> PyErr {
 pub fn to_python(py: Python, error: &Error) -> PyErr {
     let class = match error {
         Error::Checkpoint(_) => "CheckpointError",
-        Error::File(_) => "FileError",
+        Error::File(_) | Error::System(..) => "FileError",
         Error::Plan(_) => "PlanError",
     };
-    raised(py, class, &error.to_string())
+    let made = raised(py, class, &error.to_string());
+    if let Error::System(_, number) = error
+        && let Err(failure) = made.value(py).setattr("errno", number)
+    {
+        return failure;
+    }
+    made
 }
 
 /// `ArrayError` with `text`.

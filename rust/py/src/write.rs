@@ -1,7 +1,9 @@
 //! Arrays of Python into a safetensors file.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use fastft_checkpoint::{Dtype, TensorSpec};
 use pyo3::prelude::*;
@@ -32,6 +34,19 @@ pub fn write_file(
             .ok_or_else(|| array_error(py, &format!("tensor {name:?}: dtype {dtype} is not one of safetensors")))?;
         specs.push(TensorSpec { name: name.clone(), dtype, shape: shape.clone() });
     }
-    let done = without_gil(py, || fastft_checkpoint::write_file(&path, &specs, &data, &metadata, threads))?;
+    let raised = OnceLock::new();
+    let watch = || {
+        Python::attach(|py| match py.check_signals() {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                let _ = raised.set(error);
+                ControlFlow::Break(())
+            }
+        })
+    };
+    let done = without_gil(py, || fastft_checkpoint::write_file(&path, &specs, &data, &metadata, threads, &watch))?;
+    if let Some(error) = raised.into_inner() {
+        return Err(error);
+    }
     done.map_err(|error| to_python(py, &error))
 }

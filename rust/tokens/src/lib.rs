@@ -5,8 +5,8 @@
 //! different pieces, and each is asked for once. What is new here is only the cutting; the tokens of a piece come from
 //! the tokenizer itself (through Python), as do the classes of characters, whatever Unicode version it knows.
 //!
-//! Tokenizers of `SentencePiece`'s kind (Llama 2, Mistral, InternLM) merge a whole text. It is cut where none of their merges
-//! can reach over, see [`Words`]; the rest is the same.
+//! Tokenizers of `SentencePiece`'s kind (Llama 2, Mistral, `InternLM`) merge a whole text. It is cut where none of their
+//! merges can reach over, see [`Words`]; the rest is the same.
 //!
 //! Numbers in, numbers out: no files, no Python, no unsafe code.
 #![forbid(unsafe_code)]
