@@ -274,6 +274,13 @@ def test_what_does_not_fit(tmp_path: Path, change: str, word: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_config_that_does_not_name_the_tower(tmp_path: Path) -> None:
+    given = made(tmp_path, "projector alone")
+    given.config.write_text(given.config.read_text().replace("    visual_encoder=", "    something_else="))
+    with pytest.raises(PlanError, match="does not say which one it was"):
+        plan(given, tmp_path)
+
+
 def test_an_adapter_in_pieces_is_refused_while_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a sharded training leaves can be written as it is, not computed with; weights in pieces can."""
     given = made(tmp_path, "llm lora")

@@ -177,6 +177,11 @@ def _source_of(tensor: OutputTensor) -> Source:
 
 
 def _tower(job: Job, names: Mapping[str, Source]) -> tuple[Checkpoint, Adapter | None]:
+    if job.run.visual_encoder is None:
+        raise PlanError(
+            f"{job.pth}: one folder holds the vision tower too, but {job.run.place} does not say which one it was"
+            " (visual_encoder, vision.tower); give the config of the run"
+        )
     folder = vision_folder(job, needed=True)
     assert folder is not None
     base = read_checkpoint(folder)
