@@ -195,8 +195,10 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if config.method.lora is not None:
         learn = None if config.vision is None else config.vision.learn
         model = adapter.attach(model, config.method.lora, base.name, config.task, learn)
-        lora_start.start(model, config.method.lora, base.weights_folder)
+        lora_start.start(model, config.method.lora, base.weights_folder, in_parts=in_parts)
     elif config.vision is not None:
+        if config.vision.learn.tower_lora is not None:
+            adapter.attach_to_tower(model, base.name, config.vision.learn)
         vision.freeze(model, config.vision.learn)
     if config.vision is not None:
         vision.freeze_unused(model)
