@@ -288,6 +288,7 @@ def weights_cases() -> list[Case]:
 RESUME = ("train", "a.yaml", "--work-dir", "run", "--resume", "auto", "train.max_steps=3")
 CHECKPOINT = "run/checkpoint-2"
 MANIFEST = f"{CHECKPOINT}/fastft_checkpoint.json"
+TREE, TENSORS = "state/state.json", "state/tensors.safetensors"
 
 
 def _resumed(change: Callable[[Place], object]) -> Callable[[Place], object]:
@@ -313,6 +314,32 @@ def _spoiled(place: Place, name: str, content: bytes) -> None:
     (place / MANIFEST).write_text(json.dumps(manifest))
 
 
+def _spoiled_json(place: Place, name: str, change: Callable[[Any], object]) -> None:
+    found = json.loads((place / f"{CHECKPOINT}/{name}").read_text())
+    change(found)
+    _spoiled(place, name, json.dumps(found).encode())
+
+
+def _changed_moments(place: Place, change: Callable[[Any], Any]) -> None:
+    _changed_tensors(place, TENSORS, "exp_avg", change)
+
+
+def _changed_weights(place: Place, change: Callable[[Any], Any]) -> None:
+    _changed_tensors(place, "adapter_model.safetensors", "", change)
+
+
+def _changed_tensors(place: Place, name: str, word: str, change: Callable[[Any], Any]) -> None:
+    """Change the first tensor with WORD in its name and write the file anew; None takes it away."""
+    from safetensors.numpy import load_file, save
+
+    arrays = load_file(place / f"{CHECKPOINT}/{name}")
+    first = next(key for key in sorted(arrays) if word in key)
+    changed_array = change(arrays.pop(first))
+    _spoiled(
+        place, name, save(arrays if changed_array is None else {**arrays, first: np.ascontiguousarray(changed_array)})
+    )
+
+
 def resume_cases() -> list[Case]:
     """Checkpoints to go on from."""
 
@@ -325,6 +352,12 @@ def resume_cases() -> list[Case]:
 
     def key(**changes: Any) -> Callable[[Place], object]:
         return lambda place: place.edit_json(MANIFEST, **changes)
+
+    def progress(**changes: Any) -> Callable[[Place], object]:
+        return lambda place: _spoiled_json(place, "trainer_state.json", lambda found: found.update(changes))
+
+    def tree(change: Callable[[Any], object]) -> Callable[[Place], object]:
+        return lambda place: _spoiled_json(place, TREE, change)
 
     point = (*RESUME[:5], CHECKPOINT, RESUME[6])
     cases = [
@@ -372,10 +405,52 @@ def resume_cases() -> list[Case]:
             one(
                 f"state_{number}_{name}", lambda p, make=make, number=number: _state(p, number, make(p)), "checkpoint-2"
             )  # type: ignore[misc]
-            for number in range(6)
+            for number in range(4)
         ]
     cases += [
         one("old_payload", _old_payload, "checkpoint-2"),
+        one(
+            "pickled_weights",
+            lambda p: _spoiled(p, "pytorch_model.bin", payload_archive(p.payload)),
+            "checkpoint-2",
+            "pickle",
+        ),
+        one(
+            "progress_pipe", lambda p: p.pipe(f"{CHECKPOINT}/trainer_state.json"), "checkpoint-2", "trainer_state.json"
+        ),
+        one("progress_step", progress(global_step=1), "trainer_state.json", "step"),
+        one("progress_interval", progress(logging_steps=0), "trainer_state.json", "logging_steps"),
+        one("progress_epoch", progress(epoch="x"), "trainer_state.json", "epoch"),
+        one("progress_unknown", progress(callbacks=[]), "trainer_state.json", "callbacks"),
+        one("tree_pipe", lambda p: p.pipe(f"{CHECKPOINT}/{TREE}"), "checkpoint-2", TREE),
+        one("tree_version", tree(lambda t: t.update(version=99)), TREE, "version"),
+        one("tree_unknown_part", tree(lambda t: t.update(x=1)), TREE, "'x'"),
+        one("tree_without_processes", tree(lambda t: t.pop("processes")), TREE, "processes"),
+        one("tree_two_processes", tree(lambda t: t["processes"].append(t["processes"][0])), "2 processes"),
+        one("tree_no_optimizer", tree(lambda t: t.pop("optimizer")), "optimizer"),
+        one("tree_no_scheduler", tree(lambda t: t.pop("scheduler")), "schedule"),
+        one("tree_scheduler_text", tree(lambda t: t["scheduler"].update(last_epoch="x")), "last_epoch"),
+        one("tree_scheduler_later", tree(lambda t: t["scheduler"].update(last_epoch=99)), "last_epoch"),
+        one("tree_lr_text", tree(lambda t: t["optimizer"]["param_groups"][0].update(lr="x")), "lr"),
+        one("tree_lr_nan", tree(lambda t: t["optimizer"]["param_groups"][0].update(lr={"$float": "nan"})), "lr"),
+        one("tree_groups", tree(lambda t: t["optimizer"].update(param_groups=[])), "groups"),
+        one("tree_tensor_unknown", tree(lambda t: t["processes"][0].update(cpu={"$tensor": "no"})), TREE, "'no'"),
+        one("tree_tensor_number", tree(lambda t: t["processes"][0].update(cpu=5)), "random numbers"),
+        one("tree_order", tree(lambda t: t["processes"][0]["cpu"].update(order=[5])), TREE, "order"),
+        one(
+            "tree_python_short",
+            tree(lambda t: t["processes"][0].update(python={"$tuple": [3, 4, None]})),
+            "random numbers",
+        ),
+        one("tree_numpy_text", tree(lambda t: t["processes"][0].update(numpy="x")), "random numbers"),
+        one("tree_loss_nan", tree(lambda t: t["processes"][0].update(loss_sum={"$float": "nan"})), "loss"),
+        one("tensors_pipe", lambda p: p.pipe(f"{CHECKPOINT}/{TENSORS}"), "checkpoint-2", TENSORS),
+        one("tensors_nan", lambda p: _changed_moments(p, lambda a: a * np.nan), "exp_avg", "not finite"),
+        one("tensors_shape", lambda p: _changed_moments(p, lambda a: a[:1]), "exp_avg", "shape"),
+        one("tensors_dtype", lambda p: _changed_moments(p, lambda a: a.astype(np.int64)), "exp_avg"),
+        one("weights_nan", lambda p: _changed_weights(p, lambda a: a * np.nan), "checkpoint-2", "not finite"),
+        one("weights_shape", lambda p: _changed_weights(p, lambda a: a[:1]), "checkpoint-2", "fit"),
+        one("weights_fewer", lambda p: _changed_weights(p, lambda _: None), "checkpoint-2", "fit"),
         control("good_resume", _resumed(lambda _: None), RESUME, "run"),
         control("good_resume_point", _resumed(lambda _: None), point, "run"),
     ]
@@ -385,8 +460,8 @@ def resume_cases() -> list[Case]:
 def _state(place: Place, number: int, content: bytes) -> None:
     """Spoil the number-th file of state in a checkpoint (the same one again where there are fewer)."""
     names = sorted(
-        path.name
-        for path in (place / CHECKPOINT).iterdir()
+        str(path.relative_to(place / CHECKPOINT))
+        for path in (place / CHECKPOINT).rglob("*")
         if path.suffix in (".pt", ".pth", ".safetensors", ".json") and path.name not in (
             "fastft_checkpoint.json", "tokenizer.json", "tokenizer_config.json", "fastft_training.json",
             "adapter_config.json")
@@ -396,7 +471,12 @@ def _state(place: Place, number: int, content: bytes) -> None:
 
 def _old_payload(place: Place) -> None:
     """A checkpoint as older versions wrote it, with a payload in each pickle."""
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "fastft_state.pt", "scaler.pt"):
+    for name in (TREE, TENSORS):
+        (place / f"{CHECKPOINT}/{name}").unlink()
+    place.edit_json(MANIFEST, files={
+        name: size for name, size in json.loads((place / MANIFEST).read_text())["files"].items() if name not in (TREE, TENSORS)
+    })  # fmt: skip
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"):
         _spoiled(place, name, payload_archive(place.payload))
 
 

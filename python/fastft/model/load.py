@@ -6,7 +6,7 @@ The order matters to a run, which checks its data (tokenizer needed) before it r
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +111,13 @@ def locate(model: schema.Model) -> Base:
     return Base(name, folder, laid_out, read_config(laid_out), kind)
 
 
+def without_pickles(base: Base) -> Base:
+    """The same base with its weights in safetensors; see `layout.without_pickles`."""
+    from fastft.convert import layout
+
+    return replace(base, weights_folder=layout.without_pickles(base.weights_folder))
+
+
 def read_model_config(base: Base, **settings: Any) -> Any:
     """The transformers config of a base.
 
@@ -144,6 +151,8 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     """
     from fastft.convert.source import check_unchanged, looked_at
 
+    if config.model.init != "random":
+        base = without_pickles(base)
     quiet.prepare_libraries()
     quiet.hide_loading_bars()
     seen = looked_at(base.weights_folder)
