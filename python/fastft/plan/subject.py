@@ -51,7 +51,7 @@ def of_json(
     model_config = _read_as(config, kind, config_json)
     if model_config.get_text_config() is not model_config:
         raise ConfigError(f"plan: a model of type {kind} reads more than text; only text models are planned")
-    stored = quantization.of_checkpoint(config_json)
+    stored = quantization.of_checkpoint(config_json, config.model.name)
     if stored is not None and not config.method.has_adapter:
         raise ConfigError(
             f"method: {config.method.kind} cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint"
