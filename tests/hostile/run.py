@@ -48,7 +48,7 @@ def main(words: list[str]) -> int:
     print(f"{len(rows) - len(bad)} of {len(rows)} survived in {time.monotonic() - started:.0f} s", end="; ")
     print(f"at most {max(r['seconds'] for r in rows):.2f} s and {max(r['grown_mb'] for r in rows):.0f} MB")
     for row in sorted(rows, key=lambda row: -row["seconds"])[:4]:
-        print(f"  {row['seconds']:.2f} s, {row['grown_mb']:.0f} MB: {row['name']}")
+        print(f"  {row['seconds']:.2f} s, {row['cpu_seconds']:.2f} s of CPU, {row['grown_mb']:.0f} MB: {row['name']}")
     if target:
         target.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     if "--table" in words:
@@ -65,8 +65,8 @@ def described(case: Case) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a line per command, then all; the good inputs are counted apart, for they may take their time."""
     lines = [
-        "| command | hostile inputs | refused as they must be | most s | most MB above start-up | good inputs | accepted |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| command | hostile inputs | refused as they must be | most s | most CPU s | most MB above start-up | good inputs | accepted |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for command in (*sorted({row["command"] for row in rows}), None):
         of_it = [row for row in rows if command in (None, row["command"])]
@@ -77,6 +77,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             len(hostile),
             sum(not row["faults"] for row in hostile),
             f"{max((row['seconds'] for row in hostile), default=0):.2f}",
+            f"{max((row['cpu_seconds'] for row in hostile), default=0):.2f}",
             f"{max((row['grown_mb'] for row in hostile), default=0):.0f}",
             len(good),
             sum(not row["faults"] for row in good),

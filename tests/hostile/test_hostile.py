@@ -118,7 +118,8 @@ class RealCommands:
             for stream in (out, err):
                 stream.seek(0)
             texts = [stream.read().decode("utf-8", "replace") for stream in (out, err)]
-        return Ended(process.returncode, *texts, seconds, used.ru_maxrss * 1024 / 1e6 - self._start_mb)
+        grown_mb = used.ru_maxrss * 1024 / 1e6 - self._start_mb
+        return Ended(process.returncode, *texts, seconds, used.ru_utime + used.ru_stime, grown_mb)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_the_judge_can_fail(root: Path) -> None:
         def run(self, words: list[str], folder: Path, stdin: str = "") -> Ended:  # noqa: ARG002
             (folder / "base").write_text("changed")
             error = "Traceback (most recent call last)\nerror: \x1b[31mno\nmore"
-            return Ended(2, "", error, 3.0, 400.0)
+            return Ended(2, "", error, 3.0, 3.0, 400.0)
 
     case = Case("x", lambda place: place.write("base", "x"), ("train",), ("the key",))
     found = "\n".join(judge(case, root, root, Bad(), 2.0).faults)  # type: ignore[arg-type]

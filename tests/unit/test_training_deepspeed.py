@@ -45,7 +45,7 @@ def test_a_file_of_the_users_is_read(tmp_path: Path) -> None:
     [
         (None, "is neither a file nor one of zero1, zero2, zero2_offload, zero3, zero3_offload"),
         ("{", "not JSON: "),
-        ("[]", "must hold a JSON object"),
+        ("[]", "a JSON object is expected"),
         (
             '{"train_micro_batch_size_per_gpu": 4}',
             "train_micro_batch_size_per_gpu is 4; .*the value is that of train.batch_size",
