@@ -334,7 +334,8 @@ def _special(kind: str, name: str) -> Callable[[Place], object]:
             path.unlink()
             before = Path.cwd()
             os.chdir(path.parent)
-            socket.socket(socket.AF_UNIX).bind(path.name)
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(path.name)
             os.chdir(before)
 
     return lay
