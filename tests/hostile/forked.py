@@ -65,8 +65,10 @@ class Commands:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def _status(field: str, process: str = "self") -> int:
