@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -346,6 +347,34 @@ def test_it_arrives_on_modelscope(run_folder, scope):
     assert Scope.written["me/robin@master"] == expected
     assert MS_TOKEN not in out + err
     assert b"frameworks" in expected["README.md"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_upload_leaves_no_scratch_folder(tmp_path, number, code):
+    """ModelScope's client takes a folder; ours is of links, and is removed though nothing waits for the client's threads."""
+    program = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from fastft import stop\n"
+        "from fastft.hub import modelscope_push\n"
+        "stop.listen()\n"
+        "with modelscope_push._scratch() as scratch:\n"
+        "    (scratch / 'files').mkdir()\n"
+        "    (scratch / 'files/x').write_text('x')\n"
+        "    assert list(Path(sys.argv[1]).iterdir()) == [scratch]\n"
+        "    os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, str(int(number))],
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(PYTHON)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (code, "stopped\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def grown(run_folder):

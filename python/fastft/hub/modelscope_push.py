@@ -1,12 +1,14 @@
 """An upload to ModelScope through its client `modelscope_hub`; afterwards the hub is asked what it has."""
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastft import console
+from fastft import console, stop
 from fastft.config.mask import masked
 from fastft.errors import FileError, HubError
 from fastft.hub import modelscope, quiet
@@ -32,8 +34,8 @@ def send(upload: "Upload", repository: str, *, private: bool, revision: str | No
         raise HubError(f"{what}: FASTFT_OFFLINE is set; unset it to upload.")
     endpoint = (os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn").rstrip("/")
     console.note(f"sending {len(upload.items)} files to {masked(endpoint)}/models/{repository}")
-    with quiet.spoken_for(), tempfile.TemporaryDirectory(prefix="fastft-upload-") as scratch:
-        folder = Path(scratch) / "files"
+    with quiet.spoken_for(), _scratch() as scratch:
+        folder = scratch / "files"
         _lay_out(upload, folder)
         try:
             _make(hub, what, repository, private=private, revision=revision)
@@ -45,7 +47,7 @@ def send(upload: "Upload", repository: str, *, private: bool, revision: str | No
                     commit_message=message,
                     revision=revision,
                     use_cache=False,
-                    tracker_path=Path(scratch) / "tracker",
+                    tracker_path=scratch / "tracker",
                     disable_tqdm=True,
                     progress_callback=_counting(advance),
                 )
@@ -59,6 +61,16 @@ def send(upload: "Upload", repository: str, *, private: bool, revision: str | No
             came = "is not there" if item.name not in there else f"has {there[item.name]} bytes there"
             raise HubError(f"{what}: {item.name} of {item.num_bytes} bytes {came}; upload it again")
     return f"{masked(endpoint)}/models/{repository}"
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder that is gone at the end, also when the process is stopped: the client's threads wait for no exception."""
+    with ExitStack() as stack:
+        with stop.deferred():
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastft-upload-"))
+            stack.enter_context(stop.last_act(lambda: shutil.rmtree(folder, ignore_errors=True)))
+        yield Path(folder)
 
 
 def _make(hub: Any, what: str, repository: str, *, private: bool, revision: str | None) -> None:
