@@ -158,7 +158,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     seen = looked_at(base.weights_folder)
     on = device.choose()
     kind = weights_kind(config.method.kind)
-    stored_4bit = quantization.of_checkpoint(base.config_json)
+    stored_4bit = quantization.of_checkpoint(base.config_json, base.folder)
     if stored_4bit is not None and kind == "full":
         raise ConfigError(
             f"method: {config.method.kind} cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint"
