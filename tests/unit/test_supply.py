@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 import licences
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
 
 SOURCES = sorted(
     path for path in (REPOSITORY / "rust").rglob("*.rs") if "target" not in path.relative_to(REPOSITORY).parts
