@@ -4,6 +4,7 @@ Results go to stdout (`result`), so that they can be piped; notes, warnings and 
 moving bars appear only on a terminal; elsewhere `progress` writes a plain line now and then. No token leaves through here.
 """
 
+import os
 import re
 import sys
 import time
@@ -233,7 +234,11 @@ def progress(what: str, total: float, unit: str = "", start: float = 0) -> Itera
             shown = True
         bar.update(task, completed=done, text=text)
 
-    with stop.held():  # the bar has hidden the cursor
+    def give_back_cursor() -> None:
+        if shown:
+            os.write(2, b"\r\033[K\033[?25h")
+
+    with stop.last_act(give_back_cursor):
         try:
             yield advance
         finally:

@@ -89,9 +89,9 @@ def staged(target: Path, *, force: bool = False, num_bytes: int = 0) -> Iterator
                 check_target(target, force=force)
             staging.mkdir()
             in_use = _marked_in_use(staging)
-            with stop.allowed():
+            with stop.allowed(), _disk_errors():
                 yield staging
-                _sync_tree(staging)
+                flush(staging)
             _put_in_place(staging, target, force=force)
         except OSError as error:
             if (clear := _told(error, staging, target, num_bytes)) is error:
@@ -285,6 +285,20 @@ def remove_leftovers(folder: Path) -> None:
                 _clean_up(folder / name)
 
 
+def flush(folder: Path) -> None:
+    """Have the disk take every file of a folder, and the folders.
+
+    Raises:
+        OSError: it refuses.
+    """
+    for place, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            path = Path(place, name)
+            if not path.is_symlink():
+                _sync(path)
+        _sync(Path(place))
+
+
 def _absolute(path: Path) -> Path:
     """Absolute, with links in the folders above resolved but not in the last name, which must be seen as a link."""
     path = Path(os.path.abspath(path))  # noqa: PTH100  Path.resolve would follow the last link
@@ -349,7 +363,8 @@ def _told(error: OSError, staging: Path, target: Path, num_bytes: int) -> OSErro
     elif isinstance(error, FastftError):
         return error
     elif about_disk or str(error.filename or "").startswith(str(target.parent)):
-        text = f"cannot write {error.filename or target}: {error.strerror or error}"
+        name = str(error.filename or "")  # a bare one comes from within a folder that is removed
+        text = f"cannot write {name if '/' in name else target}: {error.strerror or error}"
     else:
         return error
     text = text.replace(str(staging), str(target))
@@ -363,6 +378,25 @@ def _told(error: OSError, staging: Path, target: Path, num_bytes: int) -> OSErro
     clear = type(error)(text) if isinstance(error, FileError) else FileError(text)
     clear.errno = number
     return clear
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """What libraries make of a disk that refuses, as the OSError that it was.
+
+    Those in Rust (safetensors, tokenizers) tell the system's number in the text of an error of their own, or of a plain
+    Exception; torch tells none, which comes out as EIO.
+    """
+    try:
+        yield
+    except Exception as error:
+        text, kind = str(error), type(error)
+        if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
+            raise OSError(errno.EIO, "torch could not write all of a file") from error
+        found = re.search(r"os error (\d+)", text)
+        if found is None or (kind is not Exception and kind.__name__ != "SafetensorError"):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def _readable(num_bytes: int) -> str:
@@ -442,15 +476,6 @@ def _is_in_use(staging: Path) -> bool:
     finally:
         os.close(opened)
     return False
-
-
-def _sync_tree(folder: Path) -> None:
-    for place, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            path = Path(place, name)
-            if not path.is_symlink():
-                _sync(path)
-        _sync(Path(place))
 
 
 def _sync(path: Path) -> None:

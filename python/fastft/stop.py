@@ -2,9 +2,8 @@
 
 An exception, Python's own way, is not enough: libraries swallow it while they are imported, threads of a download are
 waited for, and torch needs a second or more to shut down. So it is raised only where something holds the process
-(`held`): a staging folder that must be removed, an answer of a chat, a bar that must give the cursor back. And where an
-exception between two lines would leave something behind, it waits until it can be raised (`deferred`); a second
-signal does not wait.
+(`held`): a staging folder that must be removed, an answer of a chat. And where an exception between two lines would
+leave something behind, it waits until it can be raised (`deferred`); a second signal does not wait.
 
 All this is about the process of a command line, which listens. In a library's process nothing here has an effect.
 """
@@ -79,6 +78,20 @@ def allowed() -> Iterator[None]:
 
 
 @contextmanager
+def at_once() -> Iterator[None]:
+    """A stop ends the process in the body, after the last acts, although something outside holds it.
+
+    For work in a library's threads, which an exception would have to wait for: a download. What holds the process
+    outside must have nothing to put away but its last acts.
+    """
+    before, _state.holders = _state.holders, 0
+    try:
+        yield
+    finally:
+        _state.holders = before
+
+
+@contextmanager
 def last_act(act: Callable[[], object]) -> Iterator[None]:
     """Have a stop that ends the process within the body do something small first."""
     _state.last_acts.append(act)
@@ -108,11 +121,12 @@ def _stopped(number: int, _frame: object) -> None:
         return
     if _state.holders and number == signal.SIGINT:
         raise KeyboardInterrupt  # `main` says it
+    if not _state.holders:
+        for act in reversed(_state.last_acts):
+            with suppress(OSError):
+                act()
     with suppress(OSError):
         os.write(2, b"stopped\n")  # not by print, which may have been interrupted itself
     if _state.holders:
         raise SystemExit(128 + number)
-    for act in reversed(_state.last_acts):
-        with suppress(OSError):
-            act()
     os._exit(128 + number)

@@ -1,5 +1,6 @@
 """The program as a user types it: exit codes, one-line errors, what goes to stdout and what to stderr."""
 
+import re
 import subprocess
 import sys
 
@@ -41,6 +42,33 @@ def test_every_option_of_every_command_is_explained() -> None:
         expected = {*rules.arguments, *rules.optional_arguments, *rules.options}
         expected |= {"overrides"} if rules.takes_overrides else set()
         assert set(explained) == expected, command.name
+
+
+def test_every_help_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    from fastft.cli import table
+
+    for command in table.COMMANDS:
+        code, out, _ = run(capsys, "help", *command.name.split())
+        assert code == 0
+        assert max(len(line) for line in out.splitlines()) <= 80, command.name
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert re.search(r"^  torch +\d", out, re.MULTILINE)
+    monkeypatch.setattr(metadata, "version", missing)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "  torch            MISSING: pip install torch\n" in out
+    assert "  tensorboard      none; for TensorBoard logs: pip install 'fastft[tensorboard]'\n" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

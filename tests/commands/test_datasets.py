@@ -64,7 +64,13 @@ def test_a_limit_fails_the_check_and_the_training(folder: Path, capsys: pytest.C
     code, _, err = run(capsys, "train", "my.yaml", "--dry-run", "data.check.max_duplicates=0.1")
     assert code == 1
     assert f"error: data: {expected}; mend the data" in err
-    assert run(capsys, "train", "my.yaml", "--dry-run", "data.check.max_duplicates=0.2")[0] == 0
+    code, _, err = run(
+        capsys, "train", "my.yaml", "--dry-run", "data.check.max_duplicates=0.2", "--work-dir", "runs/my one"
+    )
+    assert code == 0
+    # The folder that is printed, and saved in the run's config.yaml, is the one that was asked for.
+    assert "output   runs/my one, checkpoint" in err
+    assert "steps would be made in runs/my one;" in err
 
 
 def test_nothing_to_learn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
-"""The tutorial road, typed as in the docs: list-cfg, copy-cfg, edit, train, pth_to_hf, merge, chat.
+"""The tutorial road, typed as in the docs: list-cfg, copy-cfg, download, edit, check, train, pth_to_hf, merge, chat, upload.
 
-The model has InternLM2's architecture, file names and real tokenizer, with random weights; the data are real Alpaca rows.
+The model has InternLM2's architecture, file names and real tokenizer, with random weights, and comes from a hub on the
+loopback device; the data are real Alpaca rows.
 `python tests/commands/test_tutorial.py` runs the same road and writes its transcript to docs/tutorial.md.
 """
 
@@ -11,16 +12,21 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "tests"))
+sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tests/unit")]
 
-import tiny_internlm2  # noqa: E402 - lies beside, tests are no package
+import hub_server  # noqa: E402 - lies beside, tests are no package
 
+import tiny_internlm2  # noqa: E402 - likewise
+
+MODEL = "internlm/internlm2-chat-1_8b"
+COPY = "internlm2_chat_1_8b_qlora_alpaca_e3_copy.yaml"
 RUN = "work_dirs/internlm2_chat_1_8b_qlora_alpaca_e3"
 
 # (what is done and why, what is typed); a step that starts with `edit` changes lines of the copied config.
@@ -28,21 +34,33 @@ STEPS = (
     ("Find a recipe.", "fastft list-cfg -p internlm2_chat_1_8b_qlora_alpaca"),
     ("Take a copy to edit.", "fastft copy-cfg internlm2_chat_1_8b_qlora_alpaca_e3 ."),
     (
-        "Edit it: your model's folder (or leave the hub's id), your data, and here a short run.",
-        "edit internlm2_chat_1_8b_qlora_alpaca_e3_copy.yaml",
+        "Fetch the model. `train` does it by itself, into the hub's cache; here it gets a folder of its own.",
+        f"fastft download {MODEL} --to internlm2-chat-tiny",
     ),
+    ("Edit the copy: your model's folder (or leave the hub's id), your data, and here a short run.", f"edit {COPY}"),
     (
-        "Look at what the model will learn.",
-        "fastft log-dataset internlm2_chat_1_8b_qlora_alpaca_e3_copy.yaml --show masked_text",
+        "Does it fit on the card? (This model is so small that its parts round to nothing.)",
+        f"fastft plan {COPY} --vram 8GiB",
     ),
-    ("Train.", "fastft train internlm2_chat_1_8b_qlora_alpaca_e3_copy.yaml"),
+    ("Is the data fit to be learned from?", f"fastft check-dataset {COPY}"),
+    ("Look at what the model will learn.", f"fastft log-dataset {COPY} --show masked_text"),
+    ("Train.", f"fastft train {COPY}"),
     (
         "Any checkpoint becomes an adapter folder (the finished run has one in `adapter/` already).",
-        f"fastft convert pth_to_hf internlm2_chat_1_8b_qlora_alpaca_e3_copy.yaml {RUN}/checkpoint-4 hf --dtype auto",
+        f"fastft convert pth_to_hf {COPY} {RUN}/checkpoint-4 hf --dtype auto",
     ),
     ("Merge it into the original InternLM2 files.", "fastft convert merge internlm2-chat-tiny hf merged"),
+    ("Is it right?", "fastft convert verify merged --base internlm2-chat-tiny --adapter hf"),
     ("Talk to the result.", 'fastft chat merged --prompt "Give three tips for staying healthy." --max-new-tokens 8'),
+    (
+        "Give it to others: what would be sent, and the card. `--yes` sends it.",
+        f"fastft upload {RUN} me/my-adapter --base {MODEL}",
+    ),
 )
+# Each costs the start of torch; tests/unit has tests of both.
+TESTED_ELSEWHERE = ("fastft plan ", "fastft check-dataset ")
+# Lines of long lists that the transcript shows.
+SHOWN_LINES = {STEPS[0][1]: 8, STEPS[-1][1]: 18}
 
 EDITS = {
     "name: internlm/internlm2-chat-1_8b": "name: internlm2-chat-tiny",
@@ -55,22 +73,45 @@ EDITS = {
 }
 
 
-def walk(folder: Path, shared: Path) -> Iterator[tuple[str, str, str]]:
-    """Do each step in `folder`; yields (why, typed, what came out on both channels)."""
-    tiny_internlm2.write(folder / "internlm2-chat-tiny", shared / "tokenizers" / "internlm2")
+def walk(folder: Path, shared: Path, *, whole: bool = True) -> Iterator[tuple[str, str, str]]:
+    """Do each step in `folder`, without whole only those that the next ones need or nobody else tests.
+
+    Yields:
+        why, what is typed, what came out on both channels.
+    """
+    tiny_internlm2.write(folder / ".served", shared / "tokenizers" / "internlm2")
     rows = json.loads((shared / "instruction/alpaca/alpaca_en_demo.json").read_text())
     (folder / "alpaca_en_demo.json").write_text(json.dumps(rows[:200]))
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache")}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache"), "HF_HUB_OFFLINE": "1"}
     for why, typed in STEPS:
+        if not whole and typed.startswith(TESTED_ELSEWHERE):
+            continue
         if typed.startswith("edit "):
             yield why, typed, _edit(folder / typed.removeprefix("edit "))
-            continue
-        words = [sys.executable, "-m", *shlex.split(typed)]
-        done = subprocess.run(
-            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False
-        )
-        assert done.returncode == 0, f"{typed}\n{done.stdout}\n{done.stderr}"
-        yield why, typed, done.stderr + done.stdout
+        elif typed.startswith("fastft download "):
+            with _hub(folder / ".served") as address:
+                reached = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "NO_PROXY": "127.0.0.1"}
+                yield why, typed, _run(typed, folder, environment | reached)
+        else:
+            yield why, typed, _run(typed, folder, environment)
+
+
+@contextmanager
+def _hub(folder: Path) -> Iterator[str]:
+    """The address of a hub that has the model's files."""
+    hub_server.REPOSITORIES[MODEL] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    try:
+        with hub_server.running() as address:
+            yield address
+    finally:
+        del hub_server.REPOSITORIES[MODEL]
+
+
+def _run(typed: str, folder: Path, environment: dict[str, str]) -> str:
+    words = [sys.executable, "-m", *shlex.split(typed)]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, f"{typed}\n{done.stdout}\n{done.stderr}"
+    return done.stderr + done.stdout
 
 
 def _edit(file: Path) -> str:
@@ -83,10 +124,14 @@ def _edit(file: Path) -> str:
 
 
 def test_tutorial_road(shared_data: Path, tmp_path: Path) -> None:
-    said = {typed: out for _, typed, out in walk(tmp_path, shared_data)}
+    said = {typed: out for _, typed, out in walk(tmp_path, shared_data, whole=False)}
     for typed, out in said.items():
         assert "Traceback" not in out, typed
     assert "internlm2_chat_1_8b_qlora_alpaca_e3" in said[STEPS[0][1]].split()
+    served = {path.name: path.read_bytes() for path in (tmp_path / ".served").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "internlm2-chat-tiny").iterdir()} == served
+    assert "right: it is base + adapter" in said[STEPS[-3][1]]
+    assert "nothing was sent; add --yes to send it" in said[STEPS[-1][1]]
     steps = [json.loads(line) for line in (tmp_path / RUN / "metrics.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in steps) == 4
     _merged_is_base_plus_adapter(tmp_path)
@@ -121,11 +166,15 @@ def _write_transcript(target: Path) -> None:
         "# The tutorial road, as it ran",
         "",
         "Made by `python tests/commands/test_tutorial.py`: a real run on a tiny model with InternLM2's architecture, file names",
-        "and tokenizer (random weights: only the road is shown, not a good answer) and real Alpaca rows. `make test` runs the same.",
+        "and tokenizer (random weights: only the road is shown, not a good answer) and real Alpaca rows; the hub was played by the",
+        "test. `make test` runs the same, but for `plan` and `check-dataset`, which it tests elsewhere. Without a hub: `fastft train demo`.",
     ]
     with tempfile.TemporaryDirectory() as folder:
         for why, typed, out in walk(Path(folder), REPOSITORY.parent / "shared" / "data"):
             shown = re.sub(r"\x1b\[[0-9;]*m", "", out).replace(folder, "~").rstrip()
+            every = shown.splitlines()
+            if len(every) > SHOWN_LINES.get(typed, len(every)):
+                shown = "\n".join([*every[: SHOWN_LINES[typed]], "..."])
             lines += ["", why, "", "```console", f"$ {typed}", shown, "```"]
     target.write_text("\n".join(lines) + "\n")
 

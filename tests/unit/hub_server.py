@@ -62,7 +62,8 @@ class Hub(BaseHTTPRequestHandler):
     `asked` keeps what was asked for, `ranges` the Range header of each GET of a file, `tokens` the tokens sent.
     `faults` by repository: `status` (of every answer of the API), `file_status` (of the files), `cut` (bytes after which
     the connection breaks, once a file), `cuts` (the same, every time), `flip` (files come with one other byte), `slow_s`
-    (seconds before a file). `written` keeps what was pushed: repository to revision to file to bytes.
+    (seconds before a file of at least `slow_bytes`), `put_status` (of an LFS object that is sent). `written` keeps what was
+    pushed: repository to revision to file to bytes.
     """
 
     protocol_version = "HTTP/1.1"
@@ -112,6 +113,11 @@ class Hub(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         path = self._begin()
         length = int(self.headers.get("Content-Length") or 0)
+        repository = "/".join(path.split("/")[2:4])
+        if "put_status" in self.faults.get(repository, {}):
+            self.rfile.read(length)
+            self._answer(self.faults[repository]["put_status"], b"")
+            return
         self.objects[path.rpartition("/")[2]] = self.rfile.read(length)
         self._answer(200, b"")
 
@@ -171,7 +177,8 @@ class Hub(BaseHTTPRequestHandler):
         if "file_status" in fault:
             self._answer(fault["file_status"], b"", {"Retry-After": "0"})
             return
-        time.sleep(fault.get("slow_s", 0))
+        if len(data) >= fault.get("slow_bytes", 0):
+            time.sleep(fault.get("slow_s", 0))
         if fault.get("flip"):
             data = data[:-1] + bytes([data[-1] ^ 1])
         wanted = self.headers.get("Range")

@@ -27,11 +27,12 @@ class Scope(BaseHTTPRequestHandler):
     written: ClassVar[dict[str, dict[str, bytes]]] = {}
     created: ClassVar[list[dict[str, Any]]] = []
     objects: ClassVar[dict[str, bytes]] = {}
+    branches: ClassVar[list[str]] = []  # of each repository, besides master
 
     @classmethod
     def forget(cls) -> None:
         """Start anew: nothing asked, no faults, nothing written."""
-        for kept in (cls.asked, cls.ranges, cls.faults, cls.written, cls.created, cls.objects):
+        for kept in (cls.asked, cls.ranges, cls.faults, cls.written, cls.created, cls.objects, cls.branches):
             kept.clear()
 
     def do_HEAD(self) -> None:
@@ -41,7 +42,9 @@ class Scope(BaseHTTPRequestHandler):
         self.asked.append(f"{self.command} {self.path}")
         parts = urlsplit(self.path)
         asked = {key: values[0] for key, values in parse_qs(parts.query).items()}
-        if match := re.fullmatch(r"/api/v1/(?:models|datasets)/([^/]+/[^/]+)(/repo(?:/files|/tree)?)?", parts.path):
+        if match := re.fullmatch(
+            r"/api/v1/(?:models|datasets)/([^/]+/[^/]+)(/repo(?:/files|/tree)?|/revisions)?", parts.path
+        ):
             self._read(match[1], match[2], asked)
         else:
             self._answer(404, {"Code": 404, "Message": "not found"})
@@ -57,6 +60,12 @@ class Scope(BaseHTTPRequestHandler):
             self._answer(404, {"Code": 10010205001, "Message": f"{repository} not found"})
         elif what is None:
             self._answer(200, {"Code": 200, "Data": {"Name": repository, "Path": "acme"}})
+        elif what == "/revisions":
+            found = {
+                "Branches": [{"Revision": name, "CreatedAt": 1} for name in ("master", *self.branches)],
+                "Tags": [{"Revision": "v0", "CreatedAt": 1}],
+            }
+            self._answer(200, {"Code": 200, "Success": True, "Data": {"RevisionMap": found}})
         elif what in ("/repo/files", "/repo/tree"):
             listed = [_entry(name, data) for name, data in files.items()] if asked.get("PageNumber", "1") == "1" else []
             self._answer(200, {"Code": 200, "Success": True, "Data": {"Files": listed}, "TotalCount": len(files)})

@@ -6,6 +6,7 @@ language model that is trained in full.
 """
 
 import json
+import shlex
 
 import pytest
 
@@ -14,6 +15,7 @@ from fastft.config.load import load
 from fastft.config.xtuner import imported
 from fastft.config.xtuner_names import FORMATS, PARTS, SYSTEMS, TEMPLATES
 from fastft.errors import ConfigError
+from fastft.hub.locate import DEMO_MODEL
 
 IMPORTS = """
 import torch
@@ -238,11 +240,58 @@ def test_prompt_templates_map_by_name(read, name):
 
 
 def test_a_prompt_template_that_we_do_not_carry_is_said(read):
-    loaded = read(config(rows(template="PROMPT_TEMPLATE.baichuan_chat")))
+    loaded = read(config(rows(template="PROMPT_TEMPLATE.openassistant")))  # of XTuner 0.1.0
     assert loaded.config.model.chat_template is None
-    assert any(note.startswith("template baichuan_chat: the tokenizer's own") for note in loaded.notes)
+    assert any(note.startswith("template openassistant: the tokenizer's own") for note in loaded.notes)
     own = read(config(rows(template="dict(INSTRUCTION='[{input}]')")))
     assert any(note.startswith("template_map_fn.template: a form of its own") for note in own.notes)
+
+
+def measured(data, evaluator="dict(type='xtuner.evaluation.MMLUMetric', tokenizer=tokenizer, prefix='mmlu')"):
+    loader = f"val_dataloader = dict(batch_size=1, num_workers=0, dataset={data}, sampler=dict(type=DefaultSampler, shuffle=False))"
+    return (
+        f"{loader}\nval_cfg = dict(type='ValLoop')\nval_evaluator = {evaluator}\ntest_dataloader = dict(dataset={data})"
+    )
+
+
+FILES = "dict(type=load_dataset, path='json', data_files=dict(val='five_shot_val.json', test='five_shot_test.json'))"
+
+
+def test_the_data_of_val_dataloader_is_measured_on(read):
+    """As XTuner's one recipe with such data has it: iterations between two measurements, the part of the rows outside."""
+    val = rows(FILES, "map_fns.default_map_fn", more="split='val', input_ids_with_output=False")
+    text = config(rows(), more=measured(val)).replace("max_epochs=2)", "max_epochs=2, val_interval=500)")
+    loaded = read(text)
+    (source,) = loaded.config.data.eval
+    assert (source.source, source.format, source.columns.user) == ("five_shot_val.json", "columns", "{input}")
+    assert loaded.config.train.eval_steps == 125
+    notes = [note for note in loaded.notes if "trust_remote_code" not in note]
+    assert notes == [
+        "test_dataloader: no counterpart; data.eval is measured on, from val_dataloader",
+        "val_evaluator MMLUMetric: no counterpart; on data.eval the loss is measured",
+    ]
+
+
+def test_a_split_of_a_hubs_data_set_is_measured_on(read):
+    hub = "dict(type=load_dataset, path='acme/rows')"
+    test, dev = rows(hub, more="split='test'"), rows("dict(type=load_dataset, path='acme/rows', split='dev')")
+    joined = f"dict(type=ConcatDataset, datasets=[{test}, {dev}])"
+    loaded = read(config(rows(), more=measured(joined, "None")))
+    assert [(source.source, source.split) for source in loaded.config.data.eval] == [
+        ("acme/rows", "test"),
+        ("acme/rows", "dev"),
+    ]
+    assert loaded.config.train.eval_steps == 250  # mmengine's 1000 iterations
+    assert loaded.config.data.train[0].split == "train"
+
+
+def test_data_to_measure_on_that_is_not_read_is_said(read):
+    loaded = read(config(rows(), more=measured("dict(type='xtuner.dataset.MOSSSFTDataset')", "None")))
+    assert (loaded.config.data.eval, loaded.config.train.eval_steps) == ((), None)
+    assert any(
+        note.startswith("val_dataloader.dataset: data sets of MOSSSFTDataset are not read") for note in loaded.notes
+    )
+    assert read(config(rows(), more="val_dataloader = None\nval_cfg = None")).config.data.eval == ()
 
 
 def test_system_texts_are_our_own(read):
@@ -298,7 +347,11 @@ def test_llava_fine_tuning_in_full(read):
     assert (loaded.config.method.kind, learn.llm, learn.tower) == ("full", "method", "full")
     assert len(loaded.config.data.train) == 2
     assert (loaded.config.vision.projector, loaded.config.samples.prompts) == (None, ())
-    assert any("`fastft convert pth_to_hf` writes one" in note for note in loaded.notes)
+    assert any(
+        "run `fastft convert pth_to_hf run.py a/iter_9.pth a/iter_9_hf` and set vision.projector=a/iter_9_hf/projector."
+        in note
+        for note in loaded.notes
+    )
     assert any("addresses are not fetched" in note for note in loaded.notes)
 
 
@@ -333,7 +386,7 @@ def test_internvl_is_one_model(read):
         (config("dict(type='xtuner.dataset.build_packed_dataset', packed_length=8)"), "InternLM's own files"),
         (config("dict(type='xtuner.dataset.refcoco_json.RefCOCOJsonDataset')"), "boxes of RefCOCO are not built"),
         (config(rows("dict(type='datasets.load_from_disk', dataset_path='x')")), "save the rows as jsonl or parquet"),
-        (config(rows("dict(type=load_jsonl_dataset)")), "data_files: the names of the training files are missing"),
+        (config(rows("dict(type=load_jsonl_dataset)")), "data_files: the names of the train files are missing"),
         (config("None"), "train_dataloader.dataset: the data set is missing"),
         (config(rows(), llm="load_in_8bit=True"), "8-bit bases are not built; use 4 bit"),
         (config(pairs("dict(type=load_dataset, path='acme/p')"), "type=DPO, loss_type='ipo'"), "only DPO's own loss"),
@@ -359,6 +412,7 @@ COMMANDS = (
     ["check-dataset", "run.py"],
     ["log-dataset", "run.py"],
     ["train", "run.py", "--dry-run"],
+    ["plan", "run.py", "--vram", "8GiB"],
 )
 
 
@@ -371,3 +425,63 @@ def test_every_command_takes_the_file_itself(tmp_path, monkeypatch, capsys, word
     assert main(words) == 0
     said = capsys.readouterr()
     assert "run.py: model.llm.trust_remote_code = True: not taken over" in said.err
+
+
+def test_the_plan_of_the_file_is_that_of_its_yaml(tmp_path, monkeypatch, capsys):
+    """`plan` reads no data, so that the numbers can be compared."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.py").write_text(DEMO)
+    assert main(["config", "import", "run.py", "ours.yaml"]) == 0
+    capsys.readouterr()
+    found = []
+    for name in ("run.py", "ours.yaml"):
+        assert main(["plan", name, "--vram", "8GiB", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert found[0]
+
+
+def test_an_adapter_of_the_file_s_run_is_converted(tmp_path, monkeypatch, capsys):
+    """XTuner's whole road: its config, its .pth, and a PEFT adapter with the alpha that only the config knows."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.py").write_text(DEMO)
+    base = json.loads((DEMO_MODEL / "config.json").read_text())
+    tensors = {}
+    for layer in range(base["num_hidden_layers"]):
+        at = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{at}.lora_A.weight"] = torch.randn(16, base["hidden_size"])
+        tensors[f"{at}.lora_B.weight"] = torch.randn(base["hidden_size"], 16)
+    state = {f"llm.{name.replace('.weight', '.default.weight')}": tensor for name, tensor in tensors.items()}
+    torch.save({"state_dict": state, "meta": {}}, "iter_9.pth")
+    assert main(["convert", "pth_to_hf", "run.py", "iter_9.pth", "out"]) == 0, capsys.readouterr().err
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor.half()) for name, tensor in tensors.items())
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (16, 32)
+    assert settings["base_model_name_or_path"] == "demo"
+
+
+def test_the_projector_of_the_first_stage_is_converted_as_the_note_says(tmp_path, monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    monkeypatch.chdir(tmp_path)
+    model = f"{LLAVA}, freeze_llm=True, freeze_visual_encoder=True, pretrained_pth='first stage/iter_9.pth', {LLM_LORA}"
+    (tmp_path / "run.py").write_text(config(IMAGES, model, NF4))
+    (tmp_path / "first stage").mkdir()
+    shapes = {"0.weight": (64, 32), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
+    state = {f"projector.model.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    torch.save({"state_dict": state, "meta": {}}, "first stage/iter_9.pth")
+    (note,) = [note for note in load("run.py").notes if "pretrained_pth" in note]
+    program, *words = shlex.split(note.split("`")[1])
+    assert program == "fastft"
+    assert main(words) == 0, capsys.readouterr().err
+    folder = shlex.split(note.partition("vision.projector=")[2])[0].removesuffix(".")
+    found = load_file(f"{folder}/model.safetensors")
+    assert found.keys() == {name.removeprefix("projector.") for name in state}
+    assert all(torch.equal(found[name], state[f"projector.{name}"]) for name in found)
+    assert load("run.py", [f"vision.projector={folder}"]).config.vision.projector == "first stage/iter_9_hf/projector"

@@ -143,6 +143,57 @@ def test_a_download_that_was_killed_keeps_its_whole_files_and_is_no_model(tmp_pa
     assert [path.name for path in tmp_path.iterdir() if "mine" in path.name] == ["mine"]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("to", [(), ("--to", "mine")])
+def test_a_download_that_is_stopped_goes_at_once_and_keeps_whole_files(tmp_path, endpoint, to, number, code):
+    """The client's threads wait for a file that does not come; nobody waits for them."""
+    Hub.faults["acme/large"] = {"slow_s": 30, "slow_bytes": hub_server.LFS_BYTES}
+    folder = tmp_path / (".mine.download" if to else SNAPSHOT.format("large"))
+    process = start(tmp_path, endpoint, "download", "acme/large", *to)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (
+        {path.name for path in folder.glob("*")} >= set(hub_server.SIDE)
+        and any(asked.startswith("GET") and asked.endswith("model.safetensors") for asked in Hub.asked)
+    ):
+        time.sleep(0.05)
+    process.send_signal(number)
+    sent_at = time.monotonic()
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err) == (code, "", "stopped\n")
+    assert time.monotonic() - sent_at < 10
+    assert [path.name for path in tmp_path.iterdir() if "mine" in path.name] == ([".mine.download"] if to else [])
+    Hub.forget()
+    assert run(tmp_path, endpoint, "download", "acme/large", *to)[0] == 0
+    got = [asked for asked in Hub.asked if asked.startswith("GET") and "/resolve/" in asked]
+    assert [asked.rpartition("/")[2] for asked in got] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir() if "mine" in path.name] == (["mine"] if to else [])
+
+
+def test_a_disk_that_fails_at_the_end_costs_no_download(tmp_path, endpoint):
+    code = (
+        "import errno, sys\n"
+        "from fastft import publish\n"
+        "def refuse(folder): raise OSError(errno.EIO, 'Input/output error', str(folder))\n"
+        "publish.flush = refuse\n"
+        "from fastft.__main__ import main\n"
+        "sys.exit(main(['download', 'acme/safe', '--to', 'mine']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(tmp_path, endpoint),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"error: cannot write {tmp_path}/.mine.download: Input/output error; ")
+    assert [path.name for path in tmp_path.iterdir() if "mine" in path.name] == [".mine.download"]
+    Hub.forget()
+    assert run(tmp_path, endpoint, "download", "acme/safe", "--to", "mine")[0] == 0
+    assert not [asked for asked in Hub.asked if asked.startswith("GET") and "/resolve/" in asked]
+
+
 def test_a_half_fetched_model_in_the_cache_is_not_taken_for_a_whole_one(tmp_path, endpoint):
     assert run(tmp_path, endpoint, "download", "acme/safe")[0] == 0
     weights = tmp_path / SNAPSHOT.format("safe") / "model.safetensors"
@@ -280,17 +331,18 @@ def test_a_full_disk_is_said_before_the_first_byte(tmp_path, endpoint):
     assert not [asked for asked in Hub.asked if "/resolve/" in asked]
 
 
-def test_a_disk_that_fills_up_meanwhile_is_said_as_such(tmp_path, endpoint):
+@pytest.mark.parametrize("to", [(), ("--to", "mine")])
+def test_a_disk_that_fills_up_meanwhile_is_said_as_such(tmp_path, endpoint, to):
     """The library's own step that puts a file in place fails as it does on a full disk."""
     code = (
         "import sys, errno\n"
         "import huggingface_hub.file_download as hub\n"
         "hub._chmod_and_move = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device'))\n"
         "from fastft.__main__ import main\n"
-        "sys.exit(main(['download', 'acme/safe']))\n"
+        "sys.exit(main(['download', 'acme/safe', *sys.argv[1:]]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *to],
         env=environment(tmp_path, endpoint),
         capture_output=True,
         text=True,
@@ -298,7 +350,8 @@ def test_a_disk_that_fills_up_meanwhile_is_said_as_such(tmp_path, endpoint):
         cwd=tmp_path,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: model acme/safe: the disk is full; free space at ")
+    place = f"make room at {tmp_path}, or choose" if to else f"free space at {tmp_path}/hf/hub, or set HF_HOME"
+    assert done.stderr.startswith(f"error: model acme/safe: the disk is full; {place} ")
     assert done.stderr.count("\n") == 1
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastft.hub import card, locate, push
 
 PYTHON = Path(locate.__file__).parent.parent.parent
 TOKEN = "hf_" + "abcdefghij0123456789"
+MS_TOKEN = "ms-01234567-89ab-cdef-0123-456789abcdef"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 BASE = "acme/base-1b"
 
@@ -120,6 +122,14 @@ def test_the_card_says_what_it_was_made_from(run_folder):
         f"convert merge {BASE} adapter merged",
     ):
         assert words in upload.card, words
+
+
+def test_modules_are_named_once(run_folder):
+    """Adapters onto InternLM2's files name each layer's: hundreds of them."""
+    file = run_folder / "adapter/adapter_config.json"
+    names = [f"model.layers.{layer}.self_attn.{name}" for layer in range(32) for name in ("v_proj", "q_proj")]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": names}))
+    assert "| modules | q_proj, v_proj |" in push.plan(run_folder, "me/robin").card
 
 
 def test_rows_of_a_step_count_all_processes(run_folder):
@@ -251,11 +261,18 @@ def test_the_owner_must_be_named(run_folder, capsys):
     assert capsys.readouterr().err == "error: upload robin: the owner is missing; give OWNER/NAME\n"
 
 
-def upload(run_folder, *words, **variables):
-    """Exit code, stdout and stderr of `fastft upload RUN me/robin WORDS`."""
+CHATTY = (
+    "import sys; from fastft import console; console.PLAIN_LINE_EVERY_S = 0.0;"
+    "from fastft.__main__ import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def upload(run_folder, *words, chatty=False, **variables):
+    """Exit code, stdout and stderr of `fastft upload RUN me/robin WORDS`; chatty: a line whenever there is progress."""
     home = run_folder.parent.parent
+    program = ["-c", CHATTY] if chatty else ["-m", "fastft"]
     done = subprocess.run(
-        [sys.executable, "-m", "fastft", "upload", str(run_folder), "me/robin", *words],
+        [sys.executable, *program, "upload", str(run_folder), "me/robin", *words],
         capture_output=True,
         text=True,
         check=False,
@@ -301,6 +318,7 @@ def test_it_arrives_in_one_commit(run_folder, endpoint):
         ({"status": 403}, "your token may not write there (HTTP 403)"),
         ({"commit_status": 412}, "the repository changed meanwhile (HTTP 412); upload again."),
         ({"commit_status": 507}, "fails (HTTP 507)"),
+        ({"put_status": 403}, "your token may not write there (HTTP 403)"),
     ],
 )
 def test_a_hub_that_refuses_is_one_line(run_folder, endpoint, fault, said):
@@ -322,11 +340,104 @@ def test_without_a_token_or_a_network_it_is_one_line(run_folder, endpoint):
 def test_it_arrives_on_modelscope(run_folder, scope):
     pytest.importorskip("modelscope_hub", reason="the extra `modelscope` is not installed")
     expected = {item.name: item.content() for item in push.plan(run_folder, "me/robin", hub="modelscope").items}
-    token = "ms-01234567-89ab-cdef-0123-456789abcdef"
     words = ("--yes", "--hub", "modelscope", "--private")
-    code, out, err = upload(run_folder, *words, MODELSCOPE_ENDPOINT=scope, MODELSCOPE_API_TOKEN=token)
+    code, out, err = upload(run_folder, *words, MODELSCOPE_ENDPOINT=scope, MODELSCOPE_API_TOKEN=MS_TOKEN)
     assert code == 0, err
     assert out.splitlines()[-1] == f"sent: {scope}/models/me/robin"
     assert Scope.written["me/robin@master"] == expected
-    assert token not in out + err
+    assert MS_TOKEN not in out + err
     assert b"frameworks" in expected["README.md"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_upload_leaves_no_scratch_folder(tmp_path, number, code):
+    """ModelScope's client takes a folder; ours is of links, and is removed though nothing waits for the client's threads."""
+    program = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from fastft import stop\n"
+        "from fastft.hub import modelscope_push\n"
+        "stop.listen()\n"
+        "with modelscope_push._scratch() as scratch:\n"
+        "    (scratch / 'files').mkdir()\n"
+        "    (scratch / 'files/x').write_text('x')\n"
+        "    assert list(Path(sys.argv[1]).iterdir()) == [scratch]\n"
+        "    os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, str(int(number))],
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(PYTHON)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (code, "stopped\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def grown(run_folder):
+    """The run with an adapter of two million bytes, which is sent outside of the commit."""
+    (run_folder / "adapter/adapter_model.safetensors").write_bytes(hub_server.safetensors(500_000))
+    return run_folder
+
+
+def test_progress_is_said_in_plain_lines_where_there_is_no_terminal(run_folder, endpoint):
+    expected = {item.name: item.content() for item in push.plan(grown(run_folder), "me/robin").items}
+    code, _, err = upload(run_folder, "--yes", chatty=True, HF_ENDPOINT=endpoint, HF_TOKEN=TOKEN)
+    assert code == 0, err
+    assert Hub.written["me/robin"]["main"] == expected
+    assert len([asked for asked in Hub.asked if "/commit/" in asked]) == 1
+    assert len([asked for asked in Hub.asked if asked.startswith("PUT ")]) == len(Hub.objects)  # nothing twice
+    lines = [line for line in err.splitlines() if line.startswith("sending to me/robin: ")]
+    assert any(line.endswith(" adapter_model.safetensors") for line in lines)
+    assert lines[-1].startswith("sending to me/robin: 2/2 MB, ")
+    assert "\r" not in err
+    assert "%" not in err  # no bar of the client's
+
+
+def test_a_large_file_that_is_refused_is_one_line(run_folder, endpoint):
+    """The client wraps what happened to one file into an error of its own."""
+    Hub.faults["me/robin"] = {"put_status": 403}
+    code, _, err = upload(grown(run_folder), "--yes", HF_ENDPOINT=endpoint, HF_TOKEN=TOKEN)
+    assert (code, err.splitlines()[-1].partition(";")[0]) == (
+        1,
+        "error: upload me/robin: your token may not write there (HTTP 403)",
+    )
+    assert not [asked for asked in Hub.asked if "/commit/" in asked]
+
+
+def test_progress_on_modelscope(run_folder, scope):
+    pytest.importorskip("modelscope_hub", reason="the extra `modelscope` is not installed")
+    expected = {item.name: item.content() for item in push.plan(grown(run_folder), "me/robin", hub="modelscope").items}
+    words = ("--yes", "--hub", "modelscope")
+    code, _, err = upload(run_folder, *words, chatty=True, MODELSCOPE_ENDPOINT=scope, MODELSCOPE_API_TOKEN=MS_TOKEN)
+    assert code == 0, err
+    assert Scope.written["me/robin@master"] == expected
+    lines = [line for line in err.splitlines() if line.startswith("sending to me/robin: ")]
+    assert lines[-1].startswith("sending to me/robin: 2/2 MB, ")
+    assert "\r" not in err
+    assert "%" not in err
+
+
+def test_a_branch_of_modelscope(run_folder, scope):
+    """Its client makes none: one that is there is written to, another one is refused before anything is made."""
+    pytest.importorskip("modelscope_hub", reason="the extra `modelscope` is not installed")
+    expected = {item.name: item.content() for item in push.plan(run_folder, "me/robin", hub="modelscope").items}
+    words = ("--yes", "--hub", "modelscope", "--revision")
+    variables = {"MODELSCOPE_ENDPOINT": scope, "MODELSCOPE_API_TOKEN": MS_TOKEN}
+    code, _, err = upload(run_folder, *words, "v1", **variables)
+    assert code == 1
+    assert "there is no branch 'v1' (master), and ModelScope makes branches on its website only" in err.splitlines()[-1]
+    assert Scope.created == []
+    Scope.written["me/robin@master"] = {"README.md": b"# robin"}
+    Scope.branches.append("v1")
+    code, out, err = upload(run_folder, *words, "v1", **variables)
+    assert code == 0, err
+    assert out.splitlines()[-1] == f"sent: {scope}/models/me/robin"
+    assert Scope.written["me/robin@v1"] == expected
+    assert Scope.written["me/robin@master"] == {"README.md": b"# robin"}
+    code, _, err = upload(run_folder, *words, "v0", **variables)  # a tag
+    assert code == 1
+    assert "there is no branch 'v0' (master, v1)" in err

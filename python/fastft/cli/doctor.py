@@ -12,16 +12,23 @@ EXTRAS = {
 }
 # Extras whose package has another name.
 PACKAGES = {"modelscope": "modelscope-hub"}
+# Columns, and those before what is said of a thing.
+WIDTH, INDENT = 80, 19
 
 
 def doctor() -> Job:
     """Tell what this machine has, lacks, and would use."""
 
     def run() -> None:
+        import textwrap
+
         for title, rows in (("machine", _machine()), ("libraries", _libraries()), ("training", _training())):
             console.result(f"{title}:")
             for name, text in rows:
-                console.result(f"  {name:<16} {text}")
+                lines = textwrap.wrap(text, WIDTH - INDENT, break_on_hyphens=False, break_long_words=False) or [""]
+                console.result(f"  {name:<16} {lines[0]}")
+                for line in lines[1:]:
+                    console.result(" " * INDENT + line)
 
     return Job(run)
 
@@ -58,7 +65,7 @@ def _libraries() -> list[tuple[str, str]]:
         try:
             rows.append((name, metadata.version(PACKAGES.get(name, name))))
         except metadata.PackageNotFoundError:
-            rows.append((name, f"not installed (only for {purpose}: pip install 'fastft[{name}]')"))
+            rows.append((name, f"none; for {purpose}: pip install 'fastft[{name}]'"))
     return rows
 
 
@@ -75,7 +82,7 @@ def _training() -> list[tuple[str, str]]:
     if accelerator is None:
         return [
             ("device", f"cpu, {torch.get_num_threads()} threads (torch finds no accelerator)"),
-            ("dtype", "fp32 for trained weights; the checkpoint's own for frozen ones"),
+            ("dtype", "fp32 for trained weights, the checkpoint's for frozen ones"),
             *chosen,
         ]
     count = torch.accelerator.device_count()

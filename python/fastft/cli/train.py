@@ -7,8 +7,6 @@ from fastft.cli.job import Job
 from fastft.cli.words import BareAuto
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fastft.config.schema import Config
 
 
@@ -59,6 +57,8 @@ def train(
         given = [*overrides, *([f"train.seed={seed}"] if seed is not None else [])]
         given += ["distributed.fsdp=true"] if fsdp else []
         given += [f"distributed.deepspeed={json.dumps(deepspeed)}"] if deepspeed is not None else []
+        # Also in the saved config, so that it leads to the same folder.
+        given += [f"output.dir={json.dumps(work_dir)}"] if work_dir is not None else []
         loaded = load.load(config, given)
         locate.check(loaded.config)
         launch.refuse_accelerate()
@@ -73,27 +73,21 @@ def train(
         start = launch.Start() if is_one_of_several else launch.read(options)
         if start.processes > 1 and not dry_run:
             words = ["train", config, *given]
-            words += [f"--work-dir={work_dir}"] if work_dir is not None else []
             words += [f"--resume={resume}"] if resume is not None else []
             return launch.run(words, start)
-        _train(loaded.config, work_dir, resume, dry_run=dry_run, processes=start.processes)
+        _train(loaded.config, resume, dry_run=dry_run, processes=start.processes)
         return None
 
     return Job(run)
 
 
-def run_folder(config: "Config", work_dir: str | None) -> "Path":
-    """--work-dir, else output.dir, else work_dirs/NAME."""
+def _train(config: "Config", resume: str | None, *, dry_run: bool, processes: int) -> None:
     from pathlib import Path
 
-    return Path(work_dir or config.output.dir or f"work_dirs/{config.name}")
-
-
-def _train(config: "Config", work_dir: str | None, resume: str | None, *, dry_run: bool, processes: int) -> None:
     from fastft.training import launch
     from fastft.training import run as training
 
-    folder = run_folder(config, work_dir)
+    folder = Path(config.output.dir or f"work_dirs/{config.name}")
     if dry_run:
         training.dry_run(config, work_dir=folder, processes=processes)
         return

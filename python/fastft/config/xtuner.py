@@ -115,6 +115,8 @@ class _Import:
         self._sees = _last(self._settings.take("model", "type")) in xtuner_vision.TYPES
         model = self._model()
         data, formats = self._data()
+        if measured := self._measured():
+            data["eval"] = measured
         task = self._task(formats)
         method = self._method()
         if self._template_name is not None and task != "pretrain":
@@ -124,8 +126,8 @@ class _Import:
             "model": model,
             "method": method,
             "data": data,
-            "vision": xtuner_vision.section(self._settings, method.get("lora"), self._note) if self._sees else {},
-            "train": self._train(),
+            "vision": self._vision(method),
+            "train": self._train() | self._eval_steps(measured),
             "preference": self._preference(task),
             "samples": self._samples(),
             "output": self._output(),
@@ -247,6 +249,9 @@ class _Import:
             method["quantization"] = settings
         return method
 
+    def _vision(self, method: dict[str, Any]) -> dict[str, Any]:
+        return xtuner_vision.section(self._settings, self._place, method.get("lora"), self._note) if self._sees else {}
+
     def _lora(self, key: str) -> dict[str, Any]:
         take = self._settings.take
         pairs = {
@@ -293,12 +298,35 @@ class _Import:
             data["shuffle"] = False
         return data, [source.get("format", "auto") for source in sources]
 
-    def _parts(self) -> list[tuple[str | int, ...]]:
+    def _measured(self) -> list[dict[str, Any]]:
+        """The data sets of `val_dataloader`, on which the loss is measured; what cannot be read there is said."""
+        take_whole = self._settings.take_whole
+        if take_whole("test_dataloader") is not None:
+            self._note("test_dataloader: no counterpart; data.eval is measured on, from val_dataloader")
+        if take_whole("val_dataloader") is None:
+            return []
+        try:
+            sources = [source for part in self._parts("val_dataloader") for source in self._sources(part)]
+        except ConfigError as error:
+            self._note(f"{str(error).removeprefix(f'{self._place}: ')}; left out; set data.eval yourself")
+            return []
+        evaluators = self._settings.take_whole("val_evaluator")
+        for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+            if isinstance(evaluator, dict) and (kind := _last(evaluator.get("type"))):
+                self._note(f"val_evaluator {kind}: no counterpart; on data.eval the loss is measured")
+        return sources
+
+    def _eval_steps(self, measured: Sequence[object]) -> dict[str, int]:
+        """Steps between two measurements; mmengine makes one every 1000 iterations if nothing is said."""
+        interval = self._settings.take("train_cfg", "val_interval")
+        return {"eval_steps": self._steps(_whole(interval) or 1000)} if measured else {}
+
+    def _parts(self, loader: str = "train_dataloader") -> list[tuple[str | int, ...]]:
         """Where the data sets stand: one, or those that a ConcatDataset joins (in a dict in XTuner 0.1.0)."""
-        at = ("train_dataloader", "dataset")
+        at = (loader, "dataset")
         top = self._settings.take(*at)
         if not isinstance(top, dict):
-            raise self._refuse("train_dataloader.dataset: the data set is missing")
+            raise self._refuse(f"{loader}.dataset: the data set is missing")
         for key in ("datasets", "datasets_cfg"):
             joined = top.get(key)
             if isinstance(joined, dict):
@@ -306,7 +334,7 @@ class _Import:
             if isinstance(joined, (list, tuple)):
                 return [(*at, key, index) for index in range(len(joined))]
         if "datasets_kwargs" in top:
-            raise self._refuse("train_dataloader.dataset.datasets_kwargs: not read; write the data sets out")
+            raise self._refuse(f"{loader}.dataset.datasets_kwargs: not read; write the data sets out")
         return [at]
 
     def _is_packed(self, part: tuple[str | int, ...]) -> bool:
@@ -328,7 +356,9 @@ class _Import:
                 f"{_joined(at)}: data sets of {kind or 'an unnamed kind'} are not read{f': {why}' if why else ''}"
             )
         inner = (*at, "dataset")
-        names = self._names(inner)
+        # Which part of a data set is taken, said of the rows or of the file that they come from.
+        split = take(*at, "split")
+        names = self._names(inner, split if isinstance(split, str) else "train")
         mapping = take(*at, "dataset_map_fn")
         mapping = take(*at, "dataset_map_fn", "function") if isinstance(mapping, dict) else mapping
         self._template(take(*at, "template_map_fn", "template"))
@@ -343,12 +373,14 @@ class _Import:
         ):
             if (value := take(*inner, theirs)) is not None:
                 settings[ours] = value
+        if isinstance(split, str) and split != "train" and take(*inner, "data_files") is None:
+            settings.setdefault("split", split)
         rows = take(*at, "max_dataset_length")
         if isinstance(rows, int):
             settings["max_rows"] = rows
         return [{"source": name, **self._format(name, mapping), **settings} for name in names]
 
-    def _names(self, inner: tuple[str | int, ...]) -> list[str]:
+    def _names(self, inner: tuple[str | int, ...], split: str) -> list[str]:
         """The files, the folder or the id that a data set is loaded from."""
         take = self._settings.take
         loader = _last(take(*inner, "type"))
@@ -358,21 +390,21 @@ class _Import:
             )
         path = take(*inner, "path") or take(*inner, "dataset_name")
         if loader in xtuner_names.FILE_READERS or path in xtuner_names.FILE_LOADERS:
-            return self._files(inner)
+            return self._files(inner, split)
         if not isinstance(path, str):
             raise self._refuse(f"{_joined(inner)}.path: the data set's path or id is missing")
         return [path]
 
-    def _files(self, inner: tuple[str | int, ...]) -> list[str]:
+    def _files(self, inner: tuple[str | int, ...], split: str) -> list[str]:
         folder = self._settings.take(*inner, "data_dir")
         files = self._settings.take_whole(*inner, "data_files")
         if files is None and isinstance(folder, str):
             return [f"{folder.rstrip('/')}/"]
         if isinstance(files, dict):
-            files = files.get("train")
+            files = files.get(split)
         listed = [files] if isinstance(files, str) else files
         if not isinstance(listed, (list, tuple)) or not all(isinstance(name, str) for name in listed) or not listed:
-            raise self._refuse(f"{_joined(inner)}.data_files: the names of the training files are missing")
+            raise self._refuse(f"{_joined(inner)}.data_files: the names of the {split} files are missing")
         return list(listed)
 
     def _format(self, name: str, mapping: Value) -> dict[str, Any]:

@@ -81,21 +81,36 @@ SYSTEMS = {
     "sql": "sql",
 }
 
-# PROMPT_TEMPLATE.NAME and the file in configs/chat_templates that writes the same form.
+# PROMPT_TEMPLATE.NAME and the file in configs/chat_templates that writes this form, or the model's own where XTuner's is another.
 TEMPLATES = {
     "default": "default",
+    "zephyr": "zephyr",
     "internlm_chat": "internlm_chat",
     "internlm2_chat": "internlm2_chat",
+    "moss_sft": "moss_sft",
     "llama2_chat": "llama2_chat",
     "llama_2_chat": "llama2_chat",
+    "code_llama_chat": "llama2_chat",
     "llama3_chat": "llama3_chat",
+    "chatglm": "chatglm2",
+    "chatglm2": "chatglm2",
     "chatglm3": "chatglm3",
     "qwen_chat": "chatml",
+    "minicpm3": "chatml",
+    "minicpm": "minicpm",
+    "baichuan_chat": "baichuan_chat",
+    "baichuan2_chat": "baichuan2_chat",
+    "vicuna": "vicuna",
+    "wizardlm": "vicuna",
+    "wizardcoder": "wizardcoder",
     "mistral": "mistral",
     "mixtral": "mistral",
     "deepseek_moe": "mistral",
     "deepseek_v2": "deepseek",
+    "deepseek_coder": "deepseek_coder",
+    "deepseekcoder": "deepseek_coder",
     "gemma": "gemma",
+    "cohere_chat": "cohere_chat",
     "phi3_chat": "phi3_chat",
 }
 

@@ -3,6 +3,7 @@
 Called by `xtuner` where `model.type` is one of these; gives the parts in which such a config differs from a text config.
 """
 
+import shlex
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -44,11 +45,12 @@ def quantized_internvl(settings: Settings, note: Callable[[str], None]) -> bool:
     return bool(settings.take("model", "quantization_llm"))
 
 
-def section(settings: Settings, lora: dict[str, Any] | None, note: Callable[[str], None]) -> dict[str, Any]:
+def section(settings: Settings, place: str, lora: dict[str, Any] | None, note: Callable[[str], None]) -> dict[str, Any]:
     """Our `vision`: the parts and what of them is learned.
 
     Args:
         settings: the config.
+        place: its file.
         lora: `method.lora`, with which the tower's adapters share all but rank, alpha and targets.
         note: says what has no counterpart.
     """
@@ -60,7 +62,7 @@ def section(settings: Settings, lora: dict[str, Any] | None, note: Callable[[str
             vision["select_layer"] = layer
         if take("model", "projector_depth") not in (None, 2):
             note("model.projector_depth: the projector has two layers here")
-        _projector(take("model", "pretrained_pth"), vision, note)
+        _projector(take("model", "pretrained_pth"), place, vision, note)
     learn: dict[str, Any] = {"projector": "full"}
     adapters = take("model", "llm_lora")
     if take("model", "freeze_llm") and adapters is None:
@@ -91,8 +93,13 @@ def sources(
     function = take(*at, "dataset_map_fn")
     if str(getattr(function, "name", "")).endswith("llava_image_only_map_fn"):
         note("dataset_map_fn llava_image_only_map_fn: the words beside the image are kept in the prompt")
-    if take(*at, "pad_image_to_square"):
-        note("pad_image_to_square = True: images are prepared as the tower's own processor does")
+    learns_llm = not take("model", "freeze_llm") or take("model", "llm_lora") is not None
+    square = take(*at, "pad_image_to_square")
+    if square is not None and bool(square) != learns_llm and not is_internvl(settings):
+        note(
+            f"pad_image_to_square = {square}: pictures are cropped while the projector alone is trained, and filled up to"
+            " a square else"
+        )
     paths = settings.take_whole(*at, "data_path") or settings.take_whole(*at, "data_paths")
     folders = settings.take_whole(*at, "image_folder") or settings.take_whole(*at, "image_folders")
     times = settings.take_whole(*at, "repeat_times")
@@ -125,16 +132,20 @@ def sample_images(images: Value, note: Callable[[str], None]) -> list[str]:
     return files
 
 
-def _projector(path: Value, vision: dict[str, Any], note: Callable[[str], None]) -> None:
+def _projector(path: Value, place: str, vision: dict[str, Any], note: Callable[[str], None]) -> None:
+    """The projector of the first stage: a folder, which a .pth has to become first."""
     if not isinstance(path, str):
         return
-    if path.endswith(".pth"):
-        note(
-            f"model.pretrained_pth = {path!r}: a projector is given as a folder; `fastft convert pth_to_hf` writes one, and"
-            " vision.projector names it. Until then the projector starts from nothing"
-        )
+    if not path.rstrip("/").endswith(".pth"):
+        vision["projector"] = path
         return
-    vision["projector"] = path
+    # DeepSpeed's checkpoints are folders of that name.
+    folder = path.rstrip("/").removesuffix(".pth") + "_hf"
+    command = shlex.join(["fastft", "convert", "pth_to_hf", place, path, folder])
+    note(
+        f"model.pretrained_pth = {path!r}: a projector is given as a folder; run `{command}` and set"
+        f" vision.projector={shlex.quote(folder)}/projector. Until then the projector starts from nothing"
+    )
 
 
 def _tower_lora(settings: Settings, lora: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any]:

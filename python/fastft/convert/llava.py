@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastft import console, publish
+from fastft import console, publish, stop
 from fastft.convert import clip, merge, offsets, peft_layers, plan_table
 from fastft.convert.adapter import Adapter
 from fastft.convert.arithmetic import BLOCK_ELEMENTS, Arithmetic
@@ -495,10 +495,11 @@ def execute(
     from fastft.convert.verify import check_sample
 
     started = time.monotonic()
-    check_target(save_path, plan.parts.sources, plan.num_bytes + peft_layers.scratch_bytes(plan.tensors), force=force)
+    num_bytes = plan.num_bytes + peft_layers.scratch_bytes(plan.tensors)
+    check_target(save_path, plan.parts.sources, num_bytes, force=force)
     for note in plan.notes:
         console.note(note)
-    with publish.staged(save_path, force=force) as stage:
+    with publish.staged(save_path, force=force, num_bytes=num_bytes) as stage:
         scratch = stage / _SCRATCH
         scratch.mkdir()
         tensors = with_new_rows(offsets.found(peft_layers.materialized(plan.tensors, stage)), scratch)
@@ -559,7 +560,7 @@ def verify(plan: LlavaPlan, merged: Path) -> "VerifyReport":
     """
     from fastft.convert.verify import compare
 
-    with tempfile.TemporaryDirectory() as folder:
+    with stop.held(), tempfile.TemporaryDirectory() as folder:
         return compare(merged, offsets.found(with_new_rows(plan.tensors, Path(folder))))
 
 

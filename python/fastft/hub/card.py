@@ -221,7 +221,13 @@ def _settings(about: About) -> str:
         rows += [("DoRA", "yes")] if adapter.get("use_dora") else []
         rows += [("rsLoRA", "yes")] if adapter.get("use_rslora") else []
         targets = adapter.get("target_modules")
-        rows += [("modules", ", ".join(sorted(targets)) if isinstance(targets, list) else targets)]
+        # Whole names, one a layer, where a model's layers differ or its files were read in another layout.
+        rows += [
+            (
+                "modules",
+                ", ".join(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, list) else targets,
+            )
+        ]
     held = about.record.get("quantization")
     if isinstance(held, dict):
         rows.append(("base held in", f"4 bit ({held.get('type') or held.get('quant_type') or 'nf4'})"))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastft import publish
+from fastft import publish, stop
 from fastft.errors import FileError
 from fastft.hub import huggingface, locate, modelscope
 from fastft.hub.locate import Hub
@@ -88,7 +88,9 @@ def _placed(to: Path | None, fetch: Callable[[Path | None], Path], *, force: boo
     with publish.staged(to, force=force) as staging:
         # Not the staging folder, which goes when something fails: the next try goes on here.
         started = staging.parent / f".{to.name[:180]}.download"
-        fetched = fetch(started)
+        with stop.last_act(staging.rmdir), stop.at_once():
+            fetched = fetch(started)
+        publish.flush(fetched)  # which may take long, or fail: until here everything is kept
         for entry in sorted(fetched.iterdir()):
             if not entry.name.startswith("."):  # the hub's own notes about the download
                 entry.rename(staging / entry.name)

@@ -99,7 +99,7 @@ def files(
                     local_files_only=offline,
                 )
         except failures as error:
-            raise HubError(reason(what, repository, revision, error)) from error
+            raise HubError(reason(what, repository, revision, error, to=to)) from error
     folder = Path(found)
     # In a folder of its own everything is read once more: an earlier try may have been killed before its check.
     _check(what, folder, missing if to is None else listed)
@@ -108,8 +108,25 @@ def files(
     return folder
 
 
-def reason(what: str, repository: str, revision: str | None, error: BaseException, *, is_gated: bool = False) -> str:
-    """What went wrong in one line, and what to do."""
+def reason(
+    what: str,
+    repository: str,
+    revision: str | None,
+    error: BaseException,
+    *,
+    is_gated: bool = False,
+    to: Path | None = None,
+) -> str:
+    """What went wrong in one line, and what to do.
+
+    Args:
+        what: was wanted, as it is called in messages.
+        repository: its id.
+        revision: the one that was asked for.
+        error: what the library raised.
+        is_gated: whether it is known that the owner restricts access.
+        to: the folder that it was fetched into; None is the cache.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -156,6 +173,8 @@ def reason(what: str, repository: str, revision: str | None, error: BaseExceptio
             f"{constants.HF_HUB_CACHE}; check the network, set HF_ENDPOINT to a mirror, or give a folder."
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if to is not None:
+            return f"{what}: the disk is full; make room at {to.parent}, or choose a folder on another disk."
         return f"{what}: the disk is full; free space at {constants.HF_HUB_CACHE}, or set HF_HOME to a larger disk."
     if isinstance(error, PermissionError):
         return (

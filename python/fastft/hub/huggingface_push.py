@@ -9,7 +9,14 @@ from fastft.errors import HubError
 from fastft.hub import huggingface, quiet
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from huggingface_hub import CommitOperationAdd
+
     from fastft.hub.push import Upload
+
+# Smaller files go within the commit, or with it.
+LARGE_BYTES = 1_000_000
 
 
 def send(upload: "Upload", repository: str, *, private: bool, revision: str | None, message: str) -> str:
@@ -34,7 +41,8 @@ def send(upload: "Upload", repository: str, *, private: bool, revision: str | No
     what = f"upload {repository}"
     if constants.HF_HUB_OFFLINE or quiet.is_offline():
         raise HubError(f"{what}: HF_HUB_OFFLINE or FASTFT_OFFLINE is set; unset it to upload.")
-    if not sys.stderr.isatty():
+    on_terminal = sys.stderr.isatty()  # else the library's bars would be torn, and plain lines say how far it is
+    if not on_terminal:
         disable_progress_bars()
     hub = HfApi()
     operations = [CommitOperationAdd(path_in_repo=item.name, path_or_fileobj=item.source) for item in upload.items]
@@ -44,6 +52,8 @@ def send(upload: "Upload", repository: str, *, private: bool, revision: str | No
             hub.create_repo(repository, private=private, exist_ok=True)
             if revision is not None:
                 hub.create_branch(repository, branch=revision, exist_ok=True)
+            if not on_terminal:
+                _send_large_files(hub, operations, upload, repository, revision)
             commit = hub.create_commit(repository, operations, commit_message=message, revision=revision)
             _compare(what, hub, upload, repository, revision)
         except (
@@ -54,11 +64,27 @@ def send(upload: "Upload", repository: str, *, private: bool, revision: str | No
             OSError,
             ValueError,
             KeyError,
+            RuntimeError,  # the library's, around what happened to one file
         ) as error:
             if isinstance(error, HubError):
                 raise
             raise HubError(_reason(what, repository, error)) from error
     return masked(str(commit.commit_url))
+
+
+def _send_large_files(
+    hub: Any, operations: "Sequence[CommitOperationAdd]", upload: "Upload", repository: str, revision: str | None
+) -> None:
+    """Send one file after the other, before the commit that makes them seen, and say how far it is."""
+    sizes = [item.num_bytes for item in upload.items]
+    done = 0
+    with console.progress(f"sending to {repository}", sum(sizes), "B") as advance:
+        for operation, size in zip(operations, sizes, strict=True):
+            if size >= LARGE_BYTES:
+                advance(done, operation.path_in_repo)
+                hub.preupload_lfs_files(repository, [operation], revision=revision)
+            done += size
+            advance(done)
 
 
 def _compare(what: str, hub: Any, upload: "Upload", repository: str, revision: str | None) -> None:
@@ -76,6 +102,8 @@ def _reason(what: str, repository: str, error: BaseException) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     endpoint = masked(constants.ENDPOINT)
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
     response = error.response if isinstance(error, HfHubHTTPError) else None
     status = response.status_code if response is not None else None
     login = "log in with `hf auth login` or set HF_TOKEN"
@@ -90,6 +118,8 @@ def _reason(what: str, repository: str, error: BaseException) -> str:
         return f"{what}: the repository changed meanwhile (HTTP {status}); upload again."
     if isinstance(error, ValueError | KeyError) and not isinstance(error, OSError | HfHubHTTPError):
         return f"{what}: {endpoint} does not take it: {huggingface.cause(error)}"
+    if isinstance(error, RuntimeError):
+        return f"{what}: {endpoint} did not take it ({huggingface.cause(error)}); nothing was committed, upload again."
     if status is None:
         return (
             f"{what}: {endpoint} cannot be reached ({huggingface.cause(error)}); check the network, and upload again."

@@ -90,7 +90,7 @@ def files(repository: str, kind: str, revision: str | None, patterns: Sequence[s
         except FileError:
             raise
         except Exception as error:  # requests', urllib3's and its own classes, by release
-            failure = HubError(reason(what, revision, error))
+            failure = HubError(reason(what, revision, error, to=to))
             if to is None and _is_away(error):
                 with contextlib.suppress(HubError):  # then the first failure says more
                     folder = _cached(hub, wanted)
@@ -105,8 +105,8 @@ def files(repository: str, kind: str, revision: str | None, patterns: Sequence[s
     return folder
 
 
-def reason(what: str, revision: str | None, error: BaseException) -> str:
-    """What went wrong in one line, and what to do."""
+def reason(what: str, revision: str | None, error: BaseException, *, to: Path | None = None) -> str:
+    """What went wrong in one line, and what to do; `to` is the folder that it was fetched into, None the cache."""
     login = "set MODELSCOPE_API_TOKEN"
     place = masked(os.environ.get("MODELSCOPE_ENDPOINT") or "ModelScope")
     for cause in _causes(error):
@@ -132,6 +132,8 @@ def reason(what: str, revision: str | None, error: BaseException) -> str:
                 "that happens twice, the network or the mirror changes files."
             )
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            if to is not None:
+                return f"{what}: the disk is full; make room at {to.parent}, or choose a folder on another disk."
             return f"{what}: the disk is full; free space at {_cache()}, or set MODELSCOPE_CACHE to a larger disk."
         if isinstance(cause, ConnectionError) and hasattr(error, "failed_files"):
             return f"{what}: the connection to {place} broke off; start again, it goes on where it broke."

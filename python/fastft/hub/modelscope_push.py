@@ -1,17 +1,22 @@
 """An upload to ModelScope through its client `modelscope_hub`; afterwards the hub is asked what it has."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastft import console
+from fastft import console, stop
 from fastft.config.mask import masked
 from fastft.errors import FileError, HubError
 from fastft.hub import modelscope, quiet
 
 if TYPE_CHECKING:
     from fastft.hub.push import Upload
+
+MAIN = "master"
 
 
 def send(upload: "Upload", repository: str, *, private: bool, revision: str | None, message: str) -> str:
@@ -29,22 +34,26 @@ def send(upload: "Upload", repository: str, *, private: bool, revision: str | No
         raise HubError(f"{what}: FASTFT_OFFLINE is set; unset it to upload.")
     endpoint = (os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn").rstrip("/")
     console.note(f"sending {len(upload.items)} files to {masked(endpoint)}/models/{repository}")
-    with quiet.spoken_for(), tempfile.TemporaryDirectory(prefix="fastft-upload-") as scratch:
-        folder = Path(scratch) / "files"
+    with quiet.spoken_for(), _scratch() as scratch:
+        folder = scratch / "files"
         _lay_out(upload, folder)
         try:
-            _make(hub, repository, private=private)
-            hub.upload_folder(
-                repository,
-                "model",
-                folder,
-                commit_message=message,
-                revision=revision,
-                use_cache=False,
-                tracker_path=Path(scratch) / "tracker",
-                disable_tqdm=True,
-            )
+            _make(hub, what, repository, private=private, revision=revision)
+            with console.progress(f"sending to {repository}", upload.num_bytes, "B") as advance:
+                hub.upload_folder(
+                    repository,
+                    "model",
+                    folder,
+                    commit_message=message,
+                    revision=revision,
+                    use_cache=False,
+                    tracker_path=scratch / "tracker",
+                    disable_tqdm=True,
+                    progress_callback=_counting(advance),
+                )
             there = {file.path: file.size for file in hub.list_repo_files(repository, "model", revision=revision)}
+        except HubError:
+            raise
         except Exception as error:  # requests', urllib3's and its own classes, by release
             raise HubError(modelscope.reason(what, revision, error)) from error
     for item in upload.items:
@@ -54,16 +63,53 @@ def send(upload: "Upload", repository: str, *, private: bool, revision: str | No
     return f"{masked(endpoint)}/models/{repository}"
 
 
-def _make(hub: Any, repository: str, *, private: bool) -> None:
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder that is gone at the end, also when the process is stopped: the client's threads wait for no exception."""
+    with ExitStack() as stack:
+        with stop.deferred():
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastft-upload-"))
+            stack.enter_context(stop.last_act(lambda: shutil.rmtree(folder, ignore_errors=True)))
+        yield Path(folder)
+
+
+def _make(hub: Any, what: str, repository: str, *, private: bool, revision: str | None) -> None:
+    """Make the repository if it is not there.
+
+    Raises:
+        HubError: it has no such branch, and the client cannot make one.
+    """
     from modelscope_hub import Visibility
     from modelscope_hub.errors import AlreadyExistsError
 
-    if hub.repo_exists(repository, "model"):
+    is_there = hub.repo_exists(repository, "model")
+    if revision not in (None, MAIN):
+        branches = (
+            [branch["Revision"] for branch in hub.legacy.list_revisions_detail(repository, "model")[0]]
+            if is_there
+            else [MAIN]
+        )
+        if revision not in branches:
+            raise HubError(
+                f"{what}: there is no branch {revision!r} ({', '.join(branches)}), and ModelScope makes branches on its"
+                " website only; leave --revision away, or make the branch there"
+            )
+    if is_there:
         return
     try:
         hub.create_repo(repository, "model", visibility=Visibility.PRIVATE if private else Visibility.PUBLIC)
     except AlreadyExistsError:
         console.note(f"{repository} is there already")
+
+
+def _counting(advance: console.Advance) -> Callable[[dict[str, Any]], None]:
+    """Move our bar by what the client tells after each file and each commit."""
+
+    def heard(event: dict[str, Any]) -> None:
+        # What goes within a commit is counted with it; a file that the hub has already is not sent.
+        advance(max(event.get("uploaded_bytes", 0), event.get("committed_bytes", 0)))
+
+    return heard
 
 
 def _lay_out(upload: "Upload", folder: Path) -> None:

@@ -5,13 +5,10 @@ leaves a half one under its final name. A manifest inside holds the size of each
 large, and what the run was, for `resume`. Older checkpoints are deleted only when the newer one is durable.
 """
 
-import errno
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +61,7 @@ def save(run_dir: Path, step: int, fill: Callable[[Path], None], record: Mapping
     newest = next((found for found in find(run_dir) if found.path != target), None)
     num_bytes = 0 if newest is None else newest.num_bytes
     with publish.staged(target, force=True, num_bytes=num_bytes) as staging:
-        with disk_errors():
-            fill(staging)
+        fill(staging)
         files = [f for f in sorted(staging.rglob("*")) if f.is_file()]
         manifest = {
             "step": step,
@@ -75,27 +71,6 @@ def save(run_dir: Path, step: int, fill: Callable[[Path], None], record: Mapping
         }
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return target
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """What safetensors and torch make of a disk that refuses, as the OSError that it was.
-
-    Raises:
-        OSError: with the system's number; EIO where torch does not tell it.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        if (found := re.search(r"os error (\d+)", str(error))) is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-    except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        raise OSError(errno.EIO, "torch could not write all of a file") from error
 
 
 def find(run_dir: Path) -> list[Checkpoint]:

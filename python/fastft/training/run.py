@@ -469,11 +469,11 @@ def _write_result(
     *,
     processor_files: Callable[[Path], None],
 ) -> None:
-    from fastft.training import checkpoint, llava_result, record, trainer
+    from fastft.training import llava_result, record, trainer
 
     try:
         num_bytes = _trained_weights(loaded.model) * _RESULT_BYTES
-        with publish.staged(artifact, force=True, num_bytes=num_bytes) as staging, checkpoint.disk_errors():
+        with publish.staged(artifact, force=True, num_bytes=num_bytes) as staging:
             if artifact.name == llava_result.NAME:
                 llava_result.write(config, loaded, staging, about, weights)
             else:
