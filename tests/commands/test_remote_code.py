@@ -59,8 +59,8 @@ def _check(command: str, folder: Path) -> None:
     done = _typed(COMMANDS[command], folder)
     assert not (folder / "ran").exists(), done.stderr
     assert "Traceback" not in done.stderr
-    assert done.returncode in (0, 1), done.stderr
-    assert done.returncode == 0 or done.stderr.strip(), done.stdout
+    # Done, or refused in fastft's own words.
+    assert done.returncode == 0 or (done.returncode == 1 and "error: " in done.stderr), done.stderr
 
 
 @pytest.mark.parametrize("command", ["check-dataset", "plan", "merge", "quantize", "verify", "split", "pth_to_hf"])
