@@ -16,7 +16,7 @@ RUST      := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs'
 # What `build_info` says was built.
 export FASTFT_COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null)
 
-.PHONY: demo test test-all test-gpu setup check-rust check-python pytest lock demo-base wheel clean
+.PHONY: demo test test-all test-gpu fuzz fuzz-rust fuzz-python sanitize miri supply instructions setup check-rust check-python pytest lock demo-base wheel clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -81,6 +81,50 @@ pytest: $(BUILT)
 
 test-all: $(BUILT) check-rust check-python
 	$(BIN)/python -m pytest -m "not gpu" -n auto --dist loadfile
+	$(MAKE) fuzz
+
+# Each fuzz target for FUZZ_SECONDS; those whose tools are missing are skipped, which is said.
+FUZZ_SECONDS ?= 60
+fuzz: fuzz-rust fuzz-python
+
+fuzz-rust:
+	@if ! cargo fuzz --version > /dev/null 2>&1 || ! cargo +nightly --version > /dev/null 2>&1; then \
+	  echo "skipped: the Rust fuzz targets: cargo-fuzz or the nightly toolchain is not installed"; exit 0; fi; \
+	for target in header layout plan plan_text nf4 tokens; do \
+	  echo "--- fuzz $$target"; \
+	  cargo +nightly fuzz run --fuzz-dir rust/fuzz $$target -- \
+	    -max_total_time=$(FUZZ_SECONDS) -max_len=1000 -verbosity=0 -print_final_stats=1 || exit 1; done
+
+fuzz-python: $(BUILT)
+	@for reader in adapter index pickle torch_file yaml config; do \
+	  echo "--- fuzz $$reader"; \
+	  $(BIN)/python tests/fuzz/reader.py $$reader \
+	    -max_total_time=$(FUZZ_SECONDS) -max_len=1000 -verbosity=0 -print_final_stats=1 || exit 1; done
+
+# The Rust tests under AddressSanitizer; needs the nightly toolchain.
+sanitize:
+	@cargo +nightly --version > /dev/null 2>&1 || { echo "error: sanitize needs the nightly toolchain"; exit 1; }
+	RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/sanitize cargo +nightly test --locked \
+	  --target $(shell rustc -vV | sed -n 's/^host: //p') --tests \
+	  -p fastft-kernels -p fastft-checkpoint -p fastft-convert -p fastft-tokens
+
+# The arithmetic under miri, which knows undefined behaviour; needs a nightly toolchain with the component miri.
+miri:
+	@cargo +nightly miri --version > /dev/null 2>&1 || { echo "error: this nightly toolchain has no miri"; exit 1; }
+	FASTFT_SIMD=scalar MIRIFLAGS=-Zmiri-disable-isolation CARGO_TARGET_DIR=target/miri \
+	  cargo +nightly miri test --locked -p fastft-kernels -p fastft-tokens --lib
+
+# Licences, sources and, where their databases can be reached, known holes of the dependencies.
+supply: $(BUILT)
+	$(BIN)/python tests/licences.py
+	@if cargo deny --version > /dev/null 2>&1; then cargo deny --locked check licenses bans sources; \
+	else echo "skipped: cargo deny is not installed; tests/unit/test_supply.py checks licences and sources"; fi
+	@if $(BIN)/python -m pip_audit --version > /dev/null 2>&1; then $(BIN)/python -m pip_audit --require-hashes -r requirements.lock; \
+	else echo "skipped: pip-audit is not installed"; fi
+
+# Instructions of the NF4 kernels, counted by callgrind, against their limits.
+instructions:
+	benches/kernels/instructions.sh
 
 # The tests that need an accelerator.
 test-gpu: $(BUILT)

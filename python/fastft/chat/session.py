@@ -331,7 +331,7 @@ def read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     base = model_load.without_pickles(base)
     quiet.hide_loading_bars()
     on = device.choose()
-    stored_4bit = quantization.of_checkpoint(base.config_json)
+    stored_4bit = quantization.of_checkpoint(base.config_json, base.folder)
     held = model_load.checkpoint_dtype(base) if dtype == "auto" else device.by_name(dtype)
     if dtype == "auto" and held == torch.float16 and on.type == "cpu":
         held = torch.float32

@@ -158,7 +158,7 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     seen = looked_at(base.weights_folder)
     on = device.choose()
     kind = weights_kind(config.method.kind)
-    stored_4bit = quantization.of_checkpoint(base.config_json)
+    stored_4bit = quantization.of_checkpoint(base.config_json, base.folder)
     if stored_4bit is not None and kind == "full":
         raise ConfigError(
             f"method: {config.method.kind} cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint"
@@ -204,8 +204,10 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if config.method.lora is not None:
         learn = None if config.vision is None else config.vision.learn
         model = adapter.attach(model, config.method.lora, base.name, config.task, learn)
-        lora_start.start(model, config.method.lora, base.weights_folder)
+        lora_start.start(model, config.method.lora, base.weights_folder, in_parts=in_parts)
     elif config.vision is not None:
+        if config.vision.learn.tower_lora is not None:
+            adapter.attach_to_tower(model, base.name, config.vision.learn)
         vision.freeze(model, config.vision.learn)
     if config.vision is not None:
         vision.freeze_unused(model)

@@ -43,6 +43,7 @@ def arguments(
     on: torch.device,
     *,
     fast: speed.Speed | None = None,
+    some_without_images: bool = True,
 ) -> Any:
     """TrainingArguments for a config; the names of today's transformers meet ours only here.
 
@@ -53,6 +54,7 @@ def arguments(
         products: from `load.Loaded`.
         on: where the training runs.
         fast: what is used to be faster; None: torch's defaults.
+        some_without_images: whether a batch may be text alone, so that a projector and a tower get no gradient.
     """
     train = config.train
     if on.type == "cpu" and train.optimizer == "paged_adamw_8bit":
@@ -92,8 +94,10 @@ def arguments(
         dataloader_pin_memory=on.type in {"cuda", "xpu"},
         remove_unused_columns=False,
         label_names=["labels"],
-        # A batch of text alone leaves a projector and a tower out.
-        ddp_find_unused_parameters=config.vision is not None and vision.trains_vision(config.vision.learn),
+        # Costs a walk through the graph in each step, and torch warns where it finds nothing.
+        ddp_find_unused_parameters=some_without_images
+        and config.vision is not None
+        and vision.trains_vision(config.vision.learn),
         deepspeed=deepspeed.settings(config) if config.distributed.deepspeed is not None else None,
     )
     if made.n_gpu > 1:

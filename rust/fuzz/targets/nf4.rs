@@ -21,6 +21,24 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
+/// Sets the bit that makes a NaN quiet: whether a product by 1 does so is the compiler's choice, on each level its own.
+fn quiet(element: Element, bytes: &mut [u8]) {
+    for value in bytes.chunks_exact_mut(element.size_bytes()) {
+        let (infinite, quiet) = match element {
+            Element::F32 => (0x7f80_0000, 0x40_0000),
+            Element::F16 => (0x7c00, 0x200),
+            Element::Bf16 => (0x7f80, 0x40),
+        };
+        let mut whole = [0; 4];
+        whole[..value.len()].copy_from_slice(value);
+        let bits = u32::from_le_bytes(whole);
+        let sign = 1 << (8 * value.len() - 1);
+        if bits & !sign > infinite {
+            value.copy_from_slice(&(bits | quiet).to_le_bytes()[..value.len()]);
+        }
+    }
+}
+
 fn run(cpu: Cpu, blocks: Blocks, element: Element, source: &[u8]) -> Outcome {
     let count = source.len() / element.size_bytes();
     let (mut packed, mut absmax) = (vec![0; count.div_ceil(2)], vec![0.0; count.div_ceil(blocks.size())]);
@@ -29,6 +47,7 @@ fn run(cpu: Cpu, blocks: Blocks, element: Element, source: &[u8]) -> Outcome {
     nf4::block_maxima(cpu, blocks, element, source, &mut maxima).unwrap_or_else(|error| panic!("{error}"));
     let mut back = vec![0; source.len()];
     nf4::dequantize(cpu, blocks, &packed, &absmax, element, &mut back).unwrap_or_else(|error| panic!("{error}"));
+    quiet(element, &mut back);
     (packed, bits(&absmax), back, bits(&maxima))
 }
 
