@@ -45,6 +45,16 @@ _KNOWN_ENDINGS = frozenset(
         ".vocab",
     ]
 )
+# A folder is a model's, an adapter's, a checkpoint's or a LLaVA result only if one of these stands in it, directly: notes and
+# scripts alone have known endings, too, and are somebody's work.
+_MARK_ENDINGS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+_MARK_NAMES = frozenset(
+    (
+        "config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
+        "fastft_checkpoint.json", "fastft_training.json", "llm_adapter", "visual_encoder_adapter", "visual_encoder",
+        "projector",
+    )
+)  # fmt: skip
 _KNOWN_NAMES = frozenset(("LICENSE", "NOTICE", "USE_POLICY", ".gitattributes", "vocab", "merges", "latest"))
 
 # What file systems say that cannot exchange or refuse to overwrite: overlay (lower layers), NFS, FUSE.
@@ -156,7 +166,7 @@ def check_target(target: Path, *, force: bool = False) -> None:
 
     Args:
         target: a folder that does not exist, or an empty one.
-        force: accept a folder that holds nothing but files of models, adapters and checkpoints.
+        force: accept a folder of a model, an adapter or a checkpoint in which there is nothing else.
 
     Raises:
         FileError: the target is a file, a link, a folder in use, or cannot be replaced; the text says what to do.
@@ -184,6 +194,11 @@ def check_target(target: Path, *, force: bool = False) -> None:
     if (foreign := _foreign_file(target)) is not None:
         raise FileError(
             f"{target} is not replaced: {foreign} is no file of a model; move it away, or choose another folder"
+        )
+    if not any(path.suffix in _MARK_ENDINGS or path.name in _MARK_NAMES for path in target.iterdir()):
+        raise FileError(
+            f"{target} is not replaced: there is no model in it (no weights, no config.json); move what is there away, or "
+            "choose another folder"
         )
 
 

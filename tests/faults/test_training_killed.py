@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import forks
 import tiny_run
-from fastft.training import checkpoint, metrics
+from fastft.training import checkpoint, metrics, state
 from fault_cases import leftovers
 from forks import Ended, Forks
 
@@ -189,13 +189,13 @@ def test_a_checkpoint_that_was_changed_is_skipped(trainer_server: Forks, trainin
     killed_late = trainer_server.run(training.start(run_dir), watch=str(tmp_path), kill_at=250)
     assert killed_late.code == -signal.SIGKILL
     newest, older = checkpoint.find(run_dir)
-    weights = newest.path / "optimizer.pt"
+    weights = newest.path / state.TENSORS
     spoiled = bytearray(weights.read_bytes())
     spoiled[len(spoiled) // 2] ^= 1
     weights.write_bytes(spoiled)
     done = trainer_server.run(training.start(run_dir))
     assert done.code == 0, done.err
-    assert f"{newest.path.name} is skipped: optimizer.pt is not what was written (its hash is another)" in done.err
+    assert f"{newest.path.name} is skipped: {state.TENSORS} is not what was written (its hash is another)" in done.err
     assert f"going on from {older.path}" in done.err
     check_same(training, run_dir)
 

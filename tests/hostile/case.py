@@ -16,9 +16,9 @@ class Case:
         name: of the test.
         make: lays the files out.
         words: of the command, run in the folder of the files.
-        says: what the error must name, each of them: the file, the key or tensor, the cause. Empty: the command must
-            succeed (a control).
-        code: exit code.
+        says: what the error must name, each of them: the file, the key or tensor, the cause; or what must be said beside
+            a result.
+        code: exit code; 0: a good input, or one that may pass when it is said aloud.
         stdin: of the command.
         outputs: names in the folder that the command may make or change, run folders say; all else must stay.
         is_result: what it says is its result, on stdout (verify, check-dataset), and no error.

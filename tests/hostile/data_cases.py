@@ -49,6 +49,14 @@ def _spoiled_parquet(start: int, count: int) -> bytes:
     return bytes(raw)
 
 
+_DIALOGUE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+
+def _called(arguments: str) -> dict[str, Any]:
+    """A turn that calls a tool; the arguments are text that must be JSON."""
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
 def _jsonl_cases() -> list[Case]:
     rows: dict[str, tuple[bytes | str, tuple[str, ...]]] = {
         "empty": ("", ()),
@@ -85,6 +93,13 @@ def _jsonl_cases() -> list[Case]:
                                     ("rows.jsonl",)),
         "tools_broken": ('{"tools":"{","messages":[{"role":"user","content":"x"},{"role":"assistant","content":"y"}]}\n',
                          ("rows.jsonl",)),
+        "tools_deep": (json.dumps({"tools": "[" * 100_000, "messages": _DIALOGUE}) + "\n", ("rows.jsonl", "nested too deep")),
+        "tools_huge_number": (json.dumps({"tools": "9" * 10_000, "messages": _DIALOGUE}) + "\n", ("rows.jsonl", "digits")),
+        "arguments_deep": (json.dumps({"messages": [*_DIALOGUE, _called("[" * 100_000)]}) + "\n",
+                           ("rows.jsonl", "nested too deep")),
+        "arguments_huge_number": (json.dumps({"messages": [*_DIALOGUE, _called("9" * 10_000)]}) + "\n", ("rows.jsonl", "digits")),
+        "function_call_deep": (json.dumps({"conversations": [{"from": "human", "value": "x"},
+                               {"from": "function_call", "value": '{"a":' * 50_000}]}) + "\n", ("rows.jsonl", "nested too deep")),
         "only_user": ('{"messages":[{"role":"user","content":"x"}]}\n', ("",)),
         "private_characters": ('{"instruction":"\\ue0f0","output":"\\ue0f1"}\n', ("rows.jsonl",)),
         "instruction_nul_and_codes": ('{"instruction":"\\u0000\\u001b[2J"}\n', ("rows.jsonl",)),
@@ -190,14 +205,15 @@ def _empty_parquet() -> bytes:
 
 
 def _parquet_bomb() -> bytes:
-    """A cell of 200 MB, twenty times, in a file of some KB."""
+    """A cell of 100 MB, eight times, in a file of some KB."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     out = io.BytesIO()
     text = "a" * 100_000_000
-    table = pa.table({"instruction": pa.array([text] * 8), "output": pa.array(["x"] * 8)})
-    pq.write_table(table, out, compression="zstd")
+    cells = pa.DictionaryArray.from_arrays([0] * 8, pa.array([text]))  # so that it is here but once
+    table = pa.table({"instruction": cells, "output": pa.array(["x"] * 8)})
+    pq.write_table(table, out, compression="zstd", store_schema=False)
     return out.getvalue()
 
 

@@ -30,6 +30,7 @@ class Ended:
         out: stdout.
         err: stderr.
         seconds: wall clock from the fork on.
+        cpu_seconds: of the processor, which other work on the machine hardly changes.
         grown_mb: peak of the resident memory above that at the fork.
     """
 
@@ -37,6 +38,7 @@ class Ended:
     out: str
     err: str
     seconds: float
+    cpu_seconds: float
     grown_mb: float
 
 
@@ -63,8 +65,10 @@ class Commands:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def _status(field: str, process: str = "self") -> int:
@@ -145,7 +149,7 @@ def _served(request: dict[str, Any]) -> Ended:
         if child == 0:
             _child(request, {"in": given, "out": out, "err": err}, send)
         os.close(send)
-        code = _waited(child, request["limit_s"])
+        code, cpu_seconds = _waited(child, request["limit_s"])
         seconds = time.monotonic() - started
         told = os.read(receive, 1000) if select.select([receive], [], [], 0)[0] else b""
         os.close(receive)
@@ -153,18 +157,18 @@ def _served(request: dict[str, Any]) -> Ended:
         err.seek(0)
         grown = json.loads(told)["grown_mb"] if told else -1.0
         texts = [stream.read(1 << 20).decode("utf-8", "replace") for stream in (out, err)]
-        return Ended(code, texts[0], texts[1], seconds, grown)
+        return Ended(code, texts[0], texts[1], seconds, cpu_seconds, grown)
 
 
-def _waited(child: int, limit_s: float) -> int | None:
-    """Wait for the child; when it takes too long, end it and its own children."""
+def _waited(child: int, limit_s: float) -> tuple[int | None, float]:
+    """Wait for the child; when it takes too long, end it and its own children. Gives its exit code and CPU seconds."""
     handle = os.pidfd_open(child)
     ready, _, _ = select.select([handle], [], [], limit_s)
     os.close(handle)
     if not ready:
         os.killpg(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) if ready else None
+    _, status, used = os.wait4(child, 0)
+    return os.waitstatus_to_exitcode(status) if ready else None, used.ru_utime + used.ru_stime
 
 
 def _serve() -> None:

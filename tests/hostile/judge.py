@@ -52,14 +52,13 @@ def _how_it_ended(case: Case, ended: Ended, max_seconds: float) -> list[str]:
         faults.append(f"took {ended.seconds:.1f} s")
     if case.code and ended.grown_mb > MAX_GROWN_MB:
         faults.append(f"took {ended.grown_mb:.0f} MB")
-    if case.code:
-        faults += _what_it_said(case, ended)
+    faults += _what_it_said(case, ended)
     return faults
 
 
 def _what_it_said(case: Case, ended: Ended) -> list[str]:
     """The error must be one line, readable, and name what the case says."""
-    if case.is_result:
+    if case.is_result or not case.code:
         said = ended.out + ended.err
         return [f"does not name {word!r}; it says: {said[-600:]}" for word in case.says if word not in said]
     lines = ended.err.rstrip("\n").split("\n")

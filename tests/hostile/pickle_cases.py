@@ -172,7 +172,7 @@ def broken_cases() -> list[Case]:
         one("text", lambda: b"hello"),
         one("html", lambda: b"<!DOCTYPE html>", "text"),
         one("lfs", lambda: b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
-        one("old_format", lambda: b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "torch"),
+        one("old_format", lambda: b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "pickle"),
         one("plain_pickle", lambda: pickle.dumps({"a": 1}), "torch"),
         one("zip_of_nothing", lambda: b"PK\x05\x06" + b"\0" * 18),
         one("cut_early", lambda: _cut(0.3), "zip"),

@@ -334,7 +334,8 @@ def _special(kind: str, name: str) -> Callable[[Place], object]:
             path.unlink()
             before = Path.cwd()
             os.chdir(path.parent)
-            socket.socket(socket.AF_UNIX).bind(path.name)
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(path.name)
             os.chdir(before)
 
     return lay
@@ -461,6 +462,10 @@ def target_cases() -> list[Case]:
         Case("target_not_empty", _base(lambda p: p.write("out/mine.txt", "mine")), MERGE, ("out",)),
         Case("target_foreign_forced", _base(lambda p: p.write("out/thesis.odt", "mine")), (*MERGE, "--force"),
              ("out", "thesis.odt")),
+        Case("target_texts_forced", _base(lambda p: (p.write("out/notes.txt", "mine"), p.write("out/todo.md", "mine"))),
+             (*MERGE, "--force"), ("out", "no model in it")),
+        Case("target_scripts_forced", _base(lambda p: (p.write("out/work.py", "mine"), p.write("out/sub/config.json", "{}"))),
+             (*QUANTIZE, "--force"), ("out", "no model in it")),
         Case("target_a_good_model", _base(lambda p: p.base("out")), MERGE, ("out", "--force")),
         Case("target_the_base", good, (*force, "base", "--force"), ("base",)),
         Case("target_the_adapter", good, (*force, "adapter", "--force"), ("adapter",)),

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastft import _native
 from fastft.convert import merge, verify
+from fastft.errors import FastftError
 
 # Half a unit in the last place, as a part of the number, and half of the smallest number.
 HALF_STEP = {"F32": (2.0**-24, 2.0**-150), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 2.0**-134)}
@@ -250,6 +252,57 @@ def test_the_merge_is_the_formula(case: Case) -> None:
         check(after[f"{path}.bias"], dtype, bias, error)
         used.add(f"{path}.bias")
     assert used | {"a.counter"} == set(before)
+
+
+SPOILS = ("lost", "unknown", "elsewhere", "shape", "nan", "infinite", "nan in the base", "overflow")
+
+
+@settings(max_examples=120, deadline=None)
+@given(case=CASES, spoil=st.sampled_from(SPOILS), choice=st.integers(0, 1000))
+def test_nothing_is_left_out_in_silence(case: Case, spoil: str, choice: int) -> None:
+    """One tensor that is lost, unknown, of another model or shape, or no number: refused by its name, and nothing written."""
+    rng = np.random.default_rng(case.seed)
+    if all(module.rank is None for module in case.modules):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapter, target = (Path(folder, name) for name in ("base", "adapter", "merged"))
+        write_base(base, case, rng)
+        write_adapter(adapter, case, rng)
+        place = base if spoil == "nan in the base" else adapter
+        file = next(place.glob("*.safetensors"))
+        tensors = {name: (dtype, values) for name, (dtype, values) in read(place)[0].items()}
+        names = sorted(name for name in tensors if place is adapter or name != "a.counter")
+        name = names[choice % len(names)]
+        said = spoiled(tensors, name, spoil, choice)
+        write(file, tensors)
+        with pytest.raises(FastftError) as refused:
+            merge.execute(merge.plan(base, [(adapter, 1.0)], dtype=SPELLED[case.out_dtype]), target)
+        assert said in str(refused.value), refused.value
+        assert "\n" not in str(refused.value)
+        assert sorted(path.name for path in Path(folder).iterdir()) == ["adapter", "base"]
+
+
+def spoiled(tensors: dict[str, tuple[str, np.ndarray]], name: str, spoil: str, choice: int) -> str:
+    """Spoil one tensor in place; gives what the refusal must name: the module at least."""
+    dtype, values = tensors[name]
+    module = name.removeprefix("base_model.model.").split(".lora_")[0]
+    if spoil == "lost":
+        del tensors[name]
+    elif spoil == "unknown":
+        module = "surprise"
+        tensors[f"{name}.surprise"] = tensors[name]
+    elif spoil == "elsewhere":
+        tensors[name.replace(".m.", ".n.")] = tensors.pop(name)
+        module = module if choice % 2 else "m."  # either half of the pair may be named first
+    elif spoil == "shape":
+        tensors[name] = (dtype, np.zeros((*values.shape[:-1], values.shape[-1] + 1)))
+    elif spoil == "overflow":
+        tensors[name] = ("F32", np.full(values.shape, 3e38))
+    else:
+        values = values.copy()
+        values.flat[choice % values.size] = np.inf if spoil == "infinite" else np.nan
+        tensors[name] = (dtype, values)
+    return module
 
 
 def check(found: tuple[str, np.ndarray], dtype: str, exact: np.ndarray, error: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import tiny_run
 from fastft.config.schema import Config
 from fastft.errors import ConfigError, TrainingError
-from fastft.training import checkpoint, resume, run, trainer
+from fastft.training import checkpoint, resume, run, state, trainer
 
 
 def _config(folder: Path, **changes: object) -> Config:
@@ -92,10 +92,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(folder: Path, unbroken: run.
     done = run.run(_config(folder), work_dir=killed, resume="auto")
     _same(unbroken.artifact / "adapter_model.safetensors", done.artifact / "adapter_model.safetensors")
     for number in (8, 9):
-        name = f"checkpoint-{number}/optimizer.pt"
-        theirs, ours = (torch.load(f / name, weights_only=True) for f in (unbroken.run_dir, killed))
-        for key, state in theirs["state"].items():
-            assert torch.equal(state["exp_avg_sq"], ours["state"][key]["exp_avg_sq"])
+        theirs, ours = (state.read(f / f"checkpoint-{number}", "optimizer") for f in (unbroken.run_dir, killed))
+        for key, values in theirs["state"].items():
+            assert torch.equal(values["exp_avg_sq"], ours["state"][key]["exp_avg_sq"])
     lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     expected = [json.loads(line) for line in (unbroken.run_dir / "metrics.jsonl").read_text().splitlines()]
     for line in (*lines, *expected):
@@ -136,10 +135,10 @@ def test_stopped_in_an_epoch_of_packed_rows(
         train__sample_steps=4,
         **changes,
     )
-    states = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    states = ["optimizer", "scheduler", "processes"]
     if kind == "full":
         _scale_losses(monkeypatch)
-        states.append("scaler.pt")
+        states.append("scaler")
     unbroken = run.run(config, work_dir=tmp_path / "unbroken")
     step, sent = trainer.FastftTrainer.training_step, []
 
@@ -169,13 +168,12 @@ def test_stopped_in_an_epoch_of_packed_rows(
     (file,) = unbroken.artifact.glob("*.safetensors")
     _same(file, done.artifact / file.name)
     for name in states:
-        ours, theirs = (
-            torch.load(f / "checkpoint-8" / name, weights_only=True) for f in (done.run_dir, unbroken.run_dir)
-        )
+        ours, theirs = (state.read(f / "checkpoint-8", name) for f in (done.run_dir, unbroken.run_dir))
+        assert ours
         _equal(ours, theirs)
     if kind == "full":
         # 8 steps: doubled four times.
-        assert torch.load(done.run_dir / "checkpoint-8" / "scaler.pt", weights_only=True)["scale"] == 8.0 * 2**4
+        assert state.read(done.run_dir / "checkpoint-8", "scaler")["scale"] == 8.0 * 2**4
 
 
 def _scale_losses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -355,6 +355,17 @@ def test_llava_fine_tuning_in_full(read):
     assert any("addresses are not fetched" in note for note in loaded.notes)
 
 
+def test_llava_fine_tuning_in_full_with_adapters_in_the_tower(read):
+    """llava_llama3_8b_instruct_full_clip_vit_large_p14_336_lora_e1_gpu8_finetune of XTuner."""
+    tower = "visual_encoder_lora=dict(type=LoraConfig, r=64, lora_alpha=16, lora_dropout=0.05, bias='none')"
+    model = f"{LLAVA}, freeze_llm=False, freeze_visual_encoder=True, {tower}"
+    loaded = read(config(IMAGES, model))
+    learn = loaded.config.vision.learn
+    assert (loaded.config.method.kind, learn.llm, learn.tower) == ("full", "method", "lora")
+    assert (learn.tower_lora.r, learn.tower_lora.alpha, learn.tower_lora.dropout) == (64, 16, 0.05)
+    assert not [note for note in loaded.notes if "visual_encoder_lora" in note]
+
+
 def test_internvl_is_one_model(read):
     data = (
         "dict(type='xtuner.dataset.InternVL_V1_5_Dataset', model_path='acme/internvl', data_paths=['a.json', 'b.json'],"
@@ -380,7 +391,6 @@ def test_internvl_is_one_model(read):
             config(IMAGES.replace("data_path='llava.json', ", ""), LLAVA),
             "data_path, the file with the dialogues, is missing",
         ),
-        (config(IMAGES, f"{LLAVA}, {TOWER_LORA}"), "adapters in the tower go with adapters in the language model"),
         (config(IMAGES, f"{LLAVA}, freeze_llm=False", NF4), "without `llm_lora` must be frozen"),
         (config(rows()).replace("type=process_hf_dataset", "type='xtuner.dataset.MOSSSFTDataset'"), "MOSS's own form"),
         (config("dict(type='xtuner.dataset.build_packed_dataset', packed_length=8)"), "InternLM's own files"),

@@ -182,7 +182,7 @@ def test_block_sizes(tmp_path: Path, blocksize: int, *, double_quant: bool) -> N
             assert torch.equal(mine[key], value), key
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "llava"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llava", "qwen2_vl"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_back_again(tmp_path: Path, name: str, *, double_quant: bool) -> None:
     """Against bitsandbytes' way back, flat: with rows that end within blocks its CPU backend errs (spec/formats.md 0.8)."""

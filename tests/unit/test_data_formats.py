@@ -116,6 +116,21 @@ def test_tool_calls_are_kept() -> None:
     assert item.tools == ({"type": "function", "function": {"name": "add", "parameters": {}}},)
 
 
+@pytest.mark.parametrize(("text", "reason"), [("[" * 100_000, "nested too deep"), ("9" * 10_000, "too many digits")])
+def test_hostile_json_in_a_text_is_a_bad_row(text: str, reason: str) -> None:
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}
+    called = [{"from": "human", "value": "x"}, {"from": "function_call", "value": text}]
+    rows: list[tuple[formats.Format, Any, str]] = [
+        ("messages", {"messages": turns, "tools": text}, "tools is not JSON"),
+        ("messages", {"messages": [*turns, call]}, "arguments are not JSON"),
+        ("sharegpt", {"conversations": called}, "function_call is not JSON"),
+    ]
+    for name, row, what in rows:
+        with pytest.raises(formats.BadRowError, match=rf"{what} \({reason}\)|{what} \(a number of {reason}\)"):
+            formats.reader(name, None, None, "sft")(row, WHERE)
+
+
 def test_columns_fill_templates() -> None:
     columns = Columns(system="You know {topic}", user="{question}\n{{{context}}}", assistant="{answer}")
     read = formats.reader("columns", columns, None, "sft")

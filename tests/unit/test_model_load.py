@@ -162,8 +162,8 @@ def test_a_4bit_checkpoint_is_used_as_it_is(model: Path, folder: Path) -> None:
     ],
 )
 def test_other_quantizations_are_refused(block: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        quantization.of_checkpoint({"quantization_config": block})
+    with pytest.raises(ConfigError, match=rf"^model models/a: the checkpoint is {message}"):
+        quantization.of_checkpoint({"quantization_config": block}, "models/a")
 
 
 def test_a_foreign_tokenizer_is_refused(folder: Path) -> None:

@@ -128,6 +128,28 @@ def test_refused_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
 
 
+@pytest.mark.parametrize(
+    "names", [("notes.txt", "todo.md"), ("work.py", "rows.jsonl"), ("README.md", "sub/config.json")]
+)
+def test_force_does_not_replace_what_is_no_model(tmp_path: Path, names: tuple[str, ...]) -> None:
+    target = tmp_path / "mine"
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("mine")
+    with pytest.raises(FileError, match="is not replaced: there is no model in it"):
+        write(target, force=True)
+    assert all((target / name).read_text() == "mine" for name in names)
+
+
+def test_force_replaces_a_model_with_its_notes(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    (target / "notes.txt").write_text("of the model")
+    write(target, force=True)
+    assert letters(target) == {"a"}
+
+
 def test_force_does_not_replace_a_repository(tmp_path: Path) -> None:
     target = tmp_path / "work"
     (target / ".git").mkdir(parents=True)

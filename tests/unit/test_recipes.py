@@ -44,6 +44,8 @@ def test_every_name_that_is_listed_makes_a_config():
         ("vicuna_7b_v15_clip_vit_large_p14_336_e1_gpu8_finetune", "full", ("method", "full", "frozen")),
         ("llama3_8b_instruct_full_clip_vit_large_p14_336_e1_gpu8_finetune", "full", ("method", "full", "frozen")),
         ("phi3_mini_4k_instruct_full_clip_vit_large_p14_336_e1_gpu8_finetune", "full", ("method", "full", "frozen")),
+        ("llama3_8b_instruct_full_clip_vit_large_p14_336_lora_e1_gpu8_finetune", "full", ("method", "full", "lora")),
+        ("internlm2_chat_7b_full_clip_vit_large_p14_336_lora_e1_gpu8_finetune", "full", ("method", "full", "lora")),
         ("llama3_8b_instruct_qlora_clip_vit_large_p14_336_e1_gpu1_finetune", "qlora", ("method", "full", "frozen")),
         ("internlm2_chat_1_8b_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune", "qlora", ("method", "full", "lora")),
         ("internlm2_chat_7b_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune", "qlora", ("method", "full", "lora")),
@@ -80,7 +82,7 @@ def test_xtuners_llava_names(name, kind, learn):
     "name",
     [
         "llava_gemma2_9b_it_clip_vit_large_p14_336_e1_gpu8_pretrain",
-        "llava_llama3_8b_instruct_full_clip_vit_large_p14_336_lora_e1_gpu8_finetune",
+        "llava_llama3_8b_instruct_full_clip_vit_large_p14_336_lora_e1_gpu8_pretrain",
         "llava_internlm2_chat_7b_clip_vit_large_p14_336_e1_e2_pretrain",
         "llava_internlm2_chat_7b_clip_vit_large_p14_336_internvl_finetune",
     ],

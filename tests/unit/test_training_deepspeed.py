@@ -1,6 +1,7 @@
 """DeepSpeed's settings: the bundled files, whoever asks for them by which name, and what reaches transformers."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def test_a_file_of_the_users_is_read(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "is neither a file nor one of zero1, zero2, zero2_offload, zero3, zero3_offload"),
-        ("{", "this is no JSON"),
-        ("[]", "must hold a JSON object"),
+        ("{", "not JSON: "),
+        ("[]", "a JSON object is expected"),
         (
             '{"train_micro_batch_size_per_gpu": 4}',
             "train_micro_batch_size_per_gpu is 4; .*the value is that of train.batch_size",
@@ -62,6 +63,29 @@ def test_what_would_train_otherwise_than_the_config_is_refused(
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         deepspeed.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b'{"a":' * 50_000, "nested too deep"),
+        (b'{"a":' + b"9" * 10_000 + b"}", "not JSON that can be read"),
+        (b"[]", "a JSON object is expected"),
+        (b"\xff", "not UTF-8"),
+        (b'{"zero_optimization": {"stage": "three"}}', "stage must be 0, 1, 2 or 3"),
+        (b'{"zero_optimization": {"stage": 4}}', "stage must be 0, 1, 2 or 3"),
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path: Path, text: bytes, reason: str) -> None:
+    (tmp_path / "mine.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"mine\.json: .*{reason}"):
+        deepspeed.read(str(tmp_path / "mine.json"))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mine.json")
+    with pytest.raises(ConfigError, match=r"mine\.json: not a regular file"):
+        deepspeed.read(str(tmp_path / "mine.json"))
 
 
 def test_an_ignored_optimizer_or_schedule_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ CASES = {
     "lora and tower": ("lora", TOWER_LORA),
     "qlora and tower": ("qlora", TOWER_LORA),
     "full": ("full", {"projector": "full"}),
+    "full and tower": ("full", TOWER_LORA),
     "lora, tower whole": ("lora", {"projector": "full", "tower": "full"}),
     "tower alone": ("lora", {"llm": "frozen", "projector": "frozen", "tower": "lora"}),
 }
@@ -182,7 +183,7 @@ def test_the_second_stage_goes_on_from_the_first(parts: tuple[Path, Path, Path],
         assert losses(tmp_path / f"second {number}")[0] < losses(tmp_path / "first")[0]
 
 
-@pytest.mark.parametrize("case", ["stage 1, on 4 bit", "lora and tower", "full"])
+@pytest.mark.parametrize("case", ["stage 1, on 4 bit", "lora and tower", "full", "full and tower"])
 def test_a_resumed_run_is_the_straight_one(parts: tuple[Path, Path, Path], tmp_path: Path, case: str) -> None:
     import shutil
 
@@ -202,7 +203,7 @@ def test_a_resumed_run_is_the_straight_one(parts: tuple[Path, Path, Path], tmp_p
         assert all(torch.equal(one[key], other[key]) for key in one), file
 
 
-@pytest.mark.parametrize("case", ["stage 1, plain", "lora and tower", "full", "lora, tower whole"])
+@pytest.mark.parametrize("case", ["stage 1, plain", "lora and tower", "full", "full and tower", "lora, tower whole"])
 def test_chat_puts_the_parts_together(
     parts: tuple[Path, Path, Path], tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +258,24 @@ def test_mistakes_in_chat_and_merge(parts: tuple[Path, Path, Path], tmp_path: Pa
     assert "is for the parts of a LLaVA" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("case", ["lora and tower", "full and tower"])
+def test_a_llava_of_ours_is_no_old_checkpoint(
+    parts: tuple[Path, Path, Path], tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its parts need no conversion, and a checkpoint on the way is the trainer's own."""
+    done = run.run(config(parts, *CASES[case]), work_dir=tmp_path / "run")
+    capsys.readouterr()
+    about = str(tmp_path / "run" / "config.yaml")
+    for place, reason in (
+        (tmp_path / "run", f"`fastft convert merge LLM {done.artifact} SAVE_PATH`"),
+        (done.artifact, f"`fastft convert merge LLM {done.artifact} SAVE_PATH`"),
+        (tmp_path / "run" / "checkpoint-6", "in the midst of the training of a LLaVA"),
+    ):
+        assert main(["convert", "pth_to_hf", about, str(place), str(tmp_path / "out")]) == 1
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 def test_parts_that_do_not_fit_are_refused_before_weights_are_read(
     parts: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,3 +291,107 @@ def test_parts_that_do_not_fit_are_refused_before_weights_are_read(
         run.run(config(parts, "lora", TOWER_LORA, select_layer=-5), work_dir=tmp_path / "run")
     with pytest.raises(ConfigError, match="is a llama; a CLIP is needed"):
         run.run(config((parts[0], parts[0], parts[2]), "lora", TOWER_LORA), work_dir=tmp_path / "run")
+
+
+def test_adapters_stay_fp32_beside_a_language_model_in_16_bit(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """A model trained whole is rounded to its base's dtype at the end; what the tower learned is not."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    llm = tmp_path / "llm"
+    AutoModelForCausalLM.from_pretrained(parts[0], dtype=torch.bfloat16).save_pretrained(llm)
+    for name in tiny_llava.TOKENIZER_FILES:
+        (llm / name).write_bytes((parts[0] / name).read_bytes())
+    done = run.run(config((llm, *parts[1:]), *CASES["full and tower"]), work_dir=tmp_path / "run").artifact
+    assert {tensor.dtype for tensor in load_file(done / "model.safetensors").values()} == {torch.bfloat16}
+    adapter = load_file(done / "visual_encoder_adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert all(".lora_" in name and "default" not in name for name in adapter)
+    assert main(["convert", "merge", str(llm), str(done), str(tmp_path / "merged")]) == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+
+
+def test_the_tower_of_a_model_trained_whole_learns_by_its_adapters_alone(
+    parts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    done = run.run(config(parts, *CASES["full and tower"]), work_dir=tmp_path / "run")
+    state = load_file(tmp_path / "run" / "checkpoint-6" / "model.safetensors")
+    tower = {name: tensor for name, tensor in state.items() if "vision_tower" in name and ".lora_" not in name}
+    before = load_file(parts[1] / "model.safetensors")
+    assert len(tower) > 20
+    for name, tensor in tower.items():
+        plain = name.partition("vision_tower.")[2].replace(".base_layer", "").removeprefix("vision_model.")
+        assert torch.equal(tensor, before[f"vision_model.{plain}"]), name
+    factors = load_file(done.artifact / "visual_encoder_adapter" / "adapter_model.safetensors")
+    moved = {name for name, tensor in factors.items() if ".lora_B." in name and tensor.abs().sum() > 0}
+    assert moved == {name for name in factors if ".lora_B." in name and "layers.2." not in name}
+
+
+def started(parts: tuple[Path, Path, Path], kind: str, learn: dict[str, Any], init: str) -> Config:
+    """A config whose adapters have a start of their own."""
+    made = config(parts, kind, learn).model_dump()
+    made["method"]["lora"]["init"] = init
+    if made["vision"]["learn"]["tower_lora"] is not None:
+        made["vision"]["learn"]["tower_lora"]["init"] = init
+    return Config.model_validate(made)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_starts_that_change_the_base(parts: tuple[Path, Path, Path], tmp_path: Path, kind: str) -> None:
+    """Language model and tower start from their own weights with ranks of their own, and merge onto the original ones."""
+    from transformers import LlavaForConditionalGeneration
+
+    wanted = started(parts, "lora", TOWER_LORA, kind)
+    kept: list[Any] = []
+    write = llava_result.write
+
+    def remember(config: Any, loaded: Any, *rest: Any) -> None:
+        kept.append(loaded.model)
+        write(config, loaded, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llava_result, "write", remember)
+        done = run.run(wanted, work_dir=tmp_path / "run")
+    for name, rank, alpha in (("llm_adapter", 16, 32), ("visual_encoder_adapter", 8, 8)):
+        settings = json.loads((done.artifact / name / "adapter_config.json").read_text())
+        assert (settings["r"], settings["lora_alpha"], settings["init_lora_weights"]) == (rank, alpha, True)
+    assert main(["convert", "merge", str(parts[0]), str(done.artifact), str(tmp_path / "merged")]) == 0
+    expected = seen(kept[0], done.artifact)
+    got = seen(LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged"), done.artifact)
+    # As above, and the base of the training was rounded once more when its largest part was taken out.
+    assert float((got - expected).abs().max()) < 20 * 128 * 2**-24 * float(expected.abs().max())
+
+
+def test_loftq_makes_up_for_the_language_models_4_bits(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """It finds the language model's weights in its own files; a tower, never in 4 bits, cannot start so."""
+    from fastft.errors import ConfigError
+
+    done = run.run(started(parts, "qlora", {"projector": "full"}, "loftq"), work_dir=tmp_path / "run")
+    plain = run.run(config(parts, "qlora", {"projector": "full"}), work_dir=tmp_path / "plain")
+    assert losses(tmp_path / "run")[0] != losses(tmp_path / "plain")[0]
+    assert (done.artifact / "llm_adapter").is_dir()
+    assert plain.artifact.is_dir()
+    with pytest.raises(
+        ConfigError, match=r"loftq is for layers held in 4 bits.*vision_tower.*vision.learn.tower=frozen"
+    ):
+        run.run(started(parts, "qlora", TOWER_LORA, "loftq"), work_dir=tmp_path / "refused")
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"init": "pissa"}, "tower_lora.init: pissa is not built beside method full"),
+        ({"modules_to_save": ["fc1"]}, "modules_to_save is not built beside method full"),
+    ],
+)
+def test_what_adapters_beside_whole_weights_cannot_be(
+    parts: tuple[Path, Path, Path], lora: dict[str, Any], reason: str
+) -> None:
+    learn = {"projector": "full", "tower": "lora", "tower_lora": lora}
+    with pytest.raises(ValueError, match=reason):
+        config(parts, "full", learn)
+    with pytest.raises(ValueError, match="only for a LLaVA made of parts"):
+        config(parts, "full", TOWER_LORA, tower=None)

@@ -87,6 +87,8 @@ def _with_tower_adapter(tower: Any, folder: Path) -> Any:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would unpickle an adapter_model.bin
+        raise CheckpointError(f"adapter {folder}: adapter_model.safetensors is not there")
     try:
         tensors = load_peft_weights(str(folder), device="cpu")
         config = LoraConfig.from_pretrained(folder)

@@ -328,9 +328,10 @@ def read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     model_class = vision.model_class() if vision.sees(base.config_json) else AutoModelForCausalLM
     if any(str(name).endswith("ForSequenceClassification") for name in base.config_json.get("architectures") or ()):
         raise CheckpointError(f"model {base.folder}: a reward model gives an answer a number; it does not talk")
+    base = model_load.without_pickles(base)
     quiet.hide_loading_bars()
     on = device.choose()
-    stored_4bit = quantization.of_checkpoint(base.config_json)
+    stored_4bit = quantization.of_checkpoint(base.config_json, base.folder)
     held = model_load.checkpoint_dtype(base) if dtype == "auto" else device.by_name(dtype)
     if dtype == "auto" and held == torch.float16 and on.type == "cpu":
         held = torch.float32

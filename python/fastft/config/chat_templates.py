@@ -33,6 +33,8 @@ def read(name_or_file: str) -> str:
         return _text(FOLDER / f"{name_or_file}.jinja")
     path = Path(name_or_file)
     if path.is_file():
+        if path.suffix != ".jinja":  # any other file would go, as a template, into what is saved and uploaded
+            raise ConfigError(f"chat template {name_or_file}: a file of a template must end in .jinja")
         return _text(path)
     if path.suffix == ".jinja" or "/" in name_or_file:
         raise ConfigError(f"chat template {name_or_file}: no such file")

@@ -71,6 +71,7 @@ def names(models: Iterable[tuple[str, str]]) -> list[str]:
         found += [
             pretrain_name(model),
             f"llava_{model}{whole}_{CLIP}_e1_gpu8_finetune",
+            f"llava_{model}_full_{CLIP}_lora_e1_gpu8_finetune",
             f"llava_{model}_lora_{CLIP}_lora_e1_gpu8_finetune",
             f"llava_{model}_qlora_{CLIP}_e1_gpu1_finetune",
             f"llava_{model}_qlora_{CLIP}_lora_e1_gpu8_finetune",
@@ -93,6 +94,4 @@ def taken_apart(name: str) -> LlavaName | None:
         return None
     else:
         method = method or "full"
-    if match["tower"] and method == "full":
-        return None
     return LlavaName(match["model"], method, bool(match["tower"]), match["tail"], stage)

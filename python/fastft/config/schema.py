@@ -269,7 +269,8 @@ class Learn(Section):
         description="what brings image features into the language model; full if left out with `tower`",
     )
     tower: Literal["frozen", "lora", "full"] = Field(
-        "frozen", description="the vision tower; lora: by `tower_lora`, beside the method's adapters"
+        "frozen",
+        description="the vision tower; lora: by `tower_lora`, beside the method's adapters or its whole weights",
     )
     tower_lora: Lora | None = Field(None, description="the tower's adapters, for tower: lora")
 
@@ -582,9 +583,9 @@ class Config(Section):
         if method.kind == "freeze":
             raise ValueError("`vision` is for methods full, lora and qlora; vision.learn says which parts are trained")
         if vision.learn.tower_lora is not None:
-            if not method.has_adapter:
-                raise ValueError(f"vision.learn.tower: lora goes with method lora or qlora, not {method.kind}")
-            assert method.lora is not None
+            if method.lora is None:
+                self._tower_lora_stands_alone(vision, vision.learn.tower_lora)
+                return self
             ours, theirs = method.lora, vision.learn.tower_lora
             for name in ("dropout", "rslora", "dora", "init"):
                 if getattr(ours, name) != getattr(theirs, name):
@@ -595,6 +596,23 @@ class Config(Section):
             if theirs.modules_to_save:
                 raise ValueError("vision.learn.tower_lora.modules_to_save: name them in method.lora.modules_to_save")
         return self
+
+    @staticmethod
+    def _tower_lora_stands_alone(vision: Vision, lora: Lora) -> None:
+        """Adapters of the tower beside a language model that is trained whole."""
+        if vision.tower is None:
+            raise ValueError(
+                "vision.learn.tower: lora goes with method full only for a LLaVA made of parts (vision.tower): the result of"
+                " this model is one folder of whole weights; use lora or qlora, or tower: full"
+            )
+        if lora.init not in {"default", "gaussian"}:
+            raise ValueError(
+                f"vision.learn.tower_lora.init: {lora.init} is not built beside method full; use default or gaussian"
+            )
+        if lora.modules_to_save:
+            raise ValueError(
+                "vision.learn.tower_lora.modules_to_save is not built beside method full; use tower: full to train it whole"
+            )
 
     @model_validator(mode="after")
     def _sharing_fits(self) -> Self:

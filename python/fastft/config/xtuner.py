@@ -235,10 +235,6 @@ class _Import:
             settings = {"type": "nf4", "double_quant": True}
         adapters = take("model", "llm_lora") is not None
         if not adapters and settings is None:
-            if take("model", "visual_encoder_lora") is not None:
-                raise self._refuse(
-                    "model.visual_encoder_lora: adapters in the tower go with adapters in the language model (llm_lora)"
-                )
             return {"kind": "full"}
         if not adapters and not take("model", "freeze_llm"):
             raise self._refuse("model: a quantized language model without `llm_lora` must be frozen (freeze_llm=True)")

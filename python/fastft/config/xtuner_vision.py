@@ -51,7 +51,7 @@ def section(settings: Settings, place: str, lora: dict[str, Any] | None, note: C
     Args:
         settings: the config.
         place: its file.
-        lora: `method.lora`, with which the tower's adapters share all but rank, alpha and targets.
+        lora: `method.lora`, with which the tower's adapters share all but rank, alpha and targets; None: it has none.
         note: says what has no counterpart.
     """
     take = settings.take
@@ -70,7 +70,7 @@ def section(settings: Settings, place: str, lora: dict[str, Any] | None, note: C
     is_frozen = take("model", "freeze_visual_encoder")
     if take("model", "visual_encoder_lora") is not None:
         learn["tower"] = "lora"
-        learn["tower_lora"] = _tower_lora(settings, lora or {}, note)
+        learn["tower_lora"] = _tower_lora(settings, lora, note)
     elif is_frozen is False:
         learn["tower"] = "full"
     vision["learn"] = learn
@@ -148,15 +148,17 @@ def _projector(path: Value, place: str, vision: dict[str, Any], note: Callable[[
     )
 
 
-def _tower_lora(settings: Settings, lora: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
-    """The tower's adapters; what both adapters share is the language model's."""
+def _tower_lora(settings: Settings, lora: dict[str, Any] | None, note: Callable[[str], None]) -> dict[str, Any]:
+    """The tower's adapters; what both adapters share is the language model's, where it has one."""
     take = settings.take
     at = ("model", "visual_encoder_lora")
     found: dict[str, Any] = {"r": take(*at, "r") or 8, "alpha": take(*at, "lora_alpha") or 8}
     if (targets := take(*at, "target_modules")) is not None:
         found["targets"] = targets
-    shared = lora.get("dropout", 0.0)
     dropout = take(*at, "lora_dropout")
+    if lora is None:
+        return {**found, "dropout": dropout or 0.0, "rslora": bool(take(*at, "use_rslora"))}
+    shared = lora.get("dropout", 0.0)
     if dropout is not None and dropout != shared:
         note(f"model.visual_encoder_lora.lora_dropout = {dropout}: one adapter has one dropout; {shared} is used")
     return {**found, "dropout": shared, **({"rslora": lora["rslora"]} if "rslora" in lora else {})}

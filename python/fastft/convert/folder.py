@@ -83,8 +83,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     refuse_quantized(folder, config)
     tensors, files = read_weights(folder)
-    if not tensors:
-        raise CheckpointError(f"{folder}: its files of weights hold no tensors")
     if quantization is not None:
         tensors = bitsandbytes_layout.unpacked(folder, config, tensors)
     elif bitsandbytes_layout.is_packed(tensors):
@@ -134,8 +132,15 @@ def read_weights(folder: Path) -> Found:
 
     Raises:
         FileError: no weights, or a shard is missing.
-        CheckpointError: single file and shards both there, or index and shards disagree.
+        CheckpointError: single file and shards both there, index and shards disagree, or no tensor in any of them.
     """
+    tensors, files = _found(folder)
+    if not tensors:
+        raise CheckpointError(f"{folder}: its files of weights hold no tensors")
+    return tensors, files
+
+
+def _found(folder: Path) -> Found:
     single, index = folder / SINGLE, folder / INDEX
     if index.exists():
         if single.exists() and set(read_index(index).values()) != {SINGLE}:

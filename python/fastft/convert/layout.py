@@ -10,13 +10,13 @@ InternLM3 has a class of its own in transformers 5.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastft import console, publish
-from fastft.convert import internlm2, sentencepiece_model
+from fastft.convert import internlm2, sentencepiece_model, split
 from fastft.convert.folder import (
     INDEX,
     PICKLE_INDEX,
@@ -112,11 +112,55 @@ def without_remote_code(folder: Path) -> Path:
             f"InternLM2 is read in Llama's layout: {readable(layout.num_bytes)} are rewritten once, unchanged,"
             f" to {target}"
         )
+
+    def write(stage: Path) -> None:
+        write_into(stage, layout)
+        check_unchanged(checkpoint.fingerprints)
+
+    return _made_once(target, layout.num_bytes, write)
+
+
+def holds_pickles(folder: Path) -> bool:
+    """Whether the weights of a model folder are in pytorch_model.bin files and nowhere else."""
+    has = {name for name in (SINGLE, INDEX, PICKLE_SINGLE, PICKLE_INDEX) if (folder / name).exists()}
+    return bool(has) and not has & {SINGLE, INDEX}
+
+
+def without_pickles(folder: Path) -> Path:
+    """Give a folder with the same model in safetensors, so that no library unpickles its pytorch_model.bin.
+
+    The pickles are read as data (`pth_reader`), the numbers are streamed once, unchanged, into the cache of
+    `without_remote_code`.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        `folder` itself where it holds safetensors, or no weights.
+
+    Raises:
+        CheckpointError: a pickle is broken, or asks for what would run code; nothing in it is run.
+        FileError: a shard is missing, no room, or the cache cannot be written.
+    """
+    if not holds_pickles(folder):
+        return folder
+    split_up = split.plan(folder, max_shard_size_bytes=_MAX_SHARD_SIZE_BYTES)
+    target = _cache_folder() / _key(split_up.source)
+    if target.exists():
+        return target
+    console.note(
+        f"model {folder}: its weights are pickles; {readable(split_up.num_bytes)} are rewritten once as safetensors, "
+        f"unchanged, to {target}"
+    )
+    return _made_once(target, split_up.num_bytes, lambda stage: split.write_into(stage, split_up))
+
+
+def _made_once(target: Path, num_bytes: int, write: Callable[[Path], None]) -> Path:
+    """Publish a folder of the cache."""
     publish.remove_leftovers(target.parent)
     try:
-        with publish.staged(target, num_bytes=layout.num_bytes) as stage:
-            write_into(stage, layout)
-            check_unchanged(checkpoint.fingerprints)
+        with publish.staged(target, num_bytes=num_bytes) as stage:
+            write(stage)
     except FileError:
         # Another process may have made the same folder meanwhile.
         if not target.exists():

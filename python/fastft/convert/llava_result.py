@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft import console
+from fastft.config.schema import Model
 from fastft.convert import llava
 from fastft.convert.adapter import CONFIG, TRAINING, Adapter, read_adapter
 from fastft.convert.folder import existing_folder, read_checkpoint
@@ -111,16 +112,12 @@ def parts(result: LlavaResult) -> tuple[llava.LlavaParts, int, Callable[[Path], 
             if name not in ("generation_config.json", "config.json")
         }
 
-        def write(place: Path) -> None:
+        def copied(place: Path) -> None:
             copy_side_files(chosen, place)
-    else:
-        words = tokenizer.read(result.llm)
-        processor = model.processor(words, result.tower)
-        if not words.chat_template:
-            console.warn(f"{result.llm}: its tokenizer has no chat template, so the LLaVA gets none")
 
-        def write(place: Path) -> None:
-            processor.save_pretrained(place)
+        write: Callable[[Path], None] = copied
+    else:
+        words, _, write = new_processor(result.llm, result.tower)
 
     found = llava.LlavaParts(
         llava.read_llm(result.llm),
@@ -132,6 +129,40 @@ def parts(result: LlavaResult) -> tuple[llava.LlavaParts, int, Callable[[Path], 
         result.select_layer,
     )
     return found, len(words), write
+
+
+def new_processor(llm: Path, tower: Path, settings: Model | None = None) -> tuple[Any, int, Callable[[Path], None]]:
+    """Make the processor of a LLaVA out of the folders of its parts.
+
+    Args:
+        llm: folder of the language model.
+        tower: folder of the CLIP.
+        settings: of the language model, for the chat template where its tokenizer has none.
+
+    Returns:
+        the tokenizer, with `<image>`; the id of that; and what writes tokenizer, processor and template into a folder.
+
+    Raises:
+        CheckpointError: the tokenizer or the tower's image processor cannot be read.
+    """
+    from fastft.convert import internlm2, layout
+    from fastft.model import llava as model
+    from fastft.model import tokenizer
+
+    if internlm2.is_internlm2(read_object(llm / "config.json")):
+        # Its tokenizer is a class of its own; laid out, it is one that is read without the model's code.
+        llm = layout.without_remote_code(llm)
+    words = tokenizer.read(llm)
+    if settings is not None:
+        words = tokenizer.with_template(words, settings)
+    processor = model.processor(words, tower)
+    if not words.chat_template:
+        console.warn(f"{llm}: its tokenizer has no chat template, so the LLaVA gets none")
+
+    def write(place: Path) -> None:
+        processor.save_pretrained(place)
+
+    return words, model.with_image_token(words), write
 
 
 def _adapter(folder: Path | None) -> Adapter | None:

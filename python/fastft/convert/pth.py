@@ -1,16 +1,16 @@
 """`fastft convert pth_to_hf`: a training's checkpoint becomes a folder that Hugging Face tools read.
 
 `trained` finds the weights, whoever wrote them; `recorded` says what is known of the run. LoRA weights become a PEFT
-adapter, all weights a model folder, XTuner's LLaVA models the folders of their parts (`pth_llava`). The tensors are
-streamed from where they lie; no model is built with weights and nothing in a pickle is run.
+adapter, all weights a model folder, XTuner's LLaVA models the folders of their parts or one folder (`pth_llava`). The
+tensors are streamed from where they lie; no model is built with weights and nothing in a pickle is run.
 """
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fastft import console, publish
 from fastft.config import show
@@ -39,12 +39,16 @@ from fastft.convert.target import check_target
 from fastft.convert.trained import LORA
 from fastft.errors import CheckpointError, HubError, PlanError, UsageError
 
+if TYPE_CHECKING:
+    from fastft.convert.pth_llava import OneFolder
+
 COPIED_CONFIG = "fastft_config.yaml"
 SAVE_FORMATS = ("xtuner", "huggingface")
 # Parts of XTuner's models that are not the language model.
 _VISION = ("visual_encoder.", "projector.")
 _REFERENCE = "ref_llm."
 _REWARD = "v_head."
+_NARROWED = "the weights are bf16 and are written as fp16, XTuner's habit; --dtype auto keeps them"
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,13 @@ class PthPlan:
     """Everything that the conversion will do.
 
     Attributes:
-        kind: a PEFT adapter, a whole model, or the parts of a LLaVA model.
-        parts: the folders of the result, the first of them often the result itself.
+        kind: a PEFT adapter, a whole model, or a LLaVA model.
+        parts: the folders of the result, the first of them often the result itself; none where `llava` is all of it.
         notes: what the user should know, a sentence each.
         sources: what is read, for the rules of the target.
         fingerprints: of the files that are read.
+        llava: the one folder of a whole LLaVA model.
+        texts: name to content of small files beside it.
     """
 
     kind: Literal["adapter", "model", "llava"]
@@ -64,9 +70,13 @@ class PthPlan:
     notes: tuple[str, ...]
     sources: tuple[Path, ...]
     fingerprints: tuple[Fingerprint, ...] = field(repr=False)
+    llava: "OneFolder | None" = None
+    texts: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
+        if self.llava is not None:
+            return self.llava.plan.num_bytes
         return sum(tensor.nbytes for part in self.parts for shard in part.shards for tensor in shard.tensors)
 
 
@@ -107,7 +117,7 @@ def plan(
         pth: a .pth file, or a checkpoint folder.
         dtype: fp16 (XTuner's habit), bf16, fp32 (DeepSpeed's masters, where there are some), or auto (as trained).
         max_shard_size_bytes: greedy limit of a file of a whole model.
-        save_format: xtuner or huggingface; the same for language models.
+        save_format: xtuner (a LLaVA's parts) or huggingface (one folder); the same for language models.
 
     Raises:
         FileError, CheckpointError, PlanError: what is missing, broken, or not understood.
@@ -126,14 +136,23 @@ def plan(
     given = config if isinstance(config, Run) else recorded.of_config(config)
     run, said = recorded.joined(given, found.meta, pth)
     job = Job(run, pth, found, wanted, max_shard_size_bytes)
-    kind, parts, bases, notes = _planned(job, save_format)
+    bf16_note = wanted == "F16" and any(source.dtype == "BF16" for source in found.tensors.values())
+    narrowed = (_NARROWED,) if bf16_note else ()
+    if save_format == "huggingface" and _is_llava(_names(job)):
+        from fastft.convert import pth_llava
+
+        whole = pth_llava.one_folder(job)
+        notes = (*found.notes, *said, *whole.notes, *narrowed)
+        made_of = whole.plan.parts
+        return PthPlan(
+            "llava", (), notes, (pth, *made_of.sources), made_of.fingerprints, llava=whole, texts=_copied(given)
+        )
+    kind, parts, bases, notes = _planned(job)
     parts = (replace(parts[0], texts={**parts[0].texts, **_copied(given)}), *parts[1:])
-    if wanted == "F16" and any(source.dtype == "BF16" for source in found.tensors.values()):
-        notes = (*notes, "the weights are bf16 and are written as fp16, XTuner's habit; --dtype auto keeps them")
     return PthPlan(
         kind,
         parts,
-        (*found.notes, *said, *notes, *(note for part in parts for note in part.notes)),
+        (*found.notes, *said, *notes, *narrowed, *(note for part in parts for note in part.notes)),
         (pth, *(base.folder for base in bases)),
         (*as_seen(seen, found.files), *(mark for base in bases for mark in base.fingerprints)),
     )
@@ -150,6 +169,8 @@ def execute(plan: PthPlan, save_path: Path, *, force: bool = False) -> PthReport
     check_target(save_path, plan.sources, plan.num_bytes, force=force)
     for note in plan.notes:
         console.note(note)
+    if plan.llava is not None:
+        return _execute_llava(plan, plan.llava, save_path, force=force)
     num_tensors = 0
     with publish.staged(save_path, force=force, num_bytes=plan.num_bytes) as stage:
         for part in plan.parts:
@@ -166,6 +187,19 @@ def execute(plan: PthPlan, save_path: Path, *, force: bool = False) -> PthReport
     return PthReport(save_path, plan.kind, plan.num_bytes, num_tensors, time.monotonic() - started)
 
 
+def _execute_llava(plan: PthPlan, whole: "OneFolder", save_path: Path, *, force: bool) -> PthReport:
+    """Write a LLaVA as one folder."""
+    from fastft.convert import llava
+
+    def write(place: Path) -> None:
+        whole.write_processor(place)
+        for name, content in plan.texts.items():
+            (place / name).write_bytes(content)
+
+    report = llava.execute(whole.plan, save_path, write, force=force)
+    return PthReport(save_path, plan.kind, report.num_bytes, report.num_tensors, report.duration_s)
+
+
 def _copied(given: Run) -> dict[str, bytes]:
     """The config that the user gave, for the result."""
     if given.text is not None:
@@ -176,8 +210,17 @@ def _copied(given: Run) -> dict[str, bytes]:
 Planned = tuple[Literal["adapter", "model", "llava"], tuple[Part, ...], list[Checkpoint], tuple[str, ...]]
 
 
-def _planned(job: Job, save_format: str) -> Planned:
-    """Plan by what the checkpoint holds."""
+def _is_llava(names: Iterable[str]) -> bool:
+    return any(name.startswith(_VISION) for name in names)
+
+
+def _names(job: Job) -> dict[str, tuple[str, Source]]:
+    """Give each tensor, and its own name, by the name without wrappers.
+
+    Raises:
+        CheckpointError: two names become one.
+        PlanError: the tensors have lost their shapes.
+    """
     names = {canonical_key(name): (name, source) for name, source in job.trained.tensors.items()}
     if len(names) != len(job.trained.tensors):
         raise CheckpointError(f"{job.pth}: two of its tensors have one name once prefixes are stripped")
@@ -187,10 +230,31 @@ def _planned(job: Job, save_format: str) -> Planned:
             f"{job.pth}: holds flat parameters of FSDP ({flat}), each process's own and without their shapes; save again"
             " with StateDictType.FULL_STATE_DICT or SHARDED_STATE_DICT"
         )
-    if any(name.startswith(_VISION) for name in names):
+    return names
+
+
+def _refuse_llava_in_training(job: Job, names: Iterable[str]) -> None:
+    """Refuse a checkpoint of our training of a LLaVA made of parts.
+
+    Raises:
+        PlanError: saying how its result is written.
+    """
+    inside = next((name for name in names if "multi_modal_projector." in name or "vision_tower." in name), None)
+    if inside is not None and job.run.visual_encoder is not None:
+        raise PlanError(
+            f"{job.pth}: a checkpoint in the midst of the training of a LLaVA ({inside}); go on with `fastft train` and --resume"
+            " auto, whose end writes the parts into llava/"
+        )
+
+
+def _planned(job: Job) -> Planned:
+    """Plan by what the checkpoint holds."""
+    names = _names(job)
+    _refuse_llava_in_training(job, names)
+    if _is_llava(names):
         from fastft.convert import pth_llava
 
-        parts, bases, said = pth_llava.parts(job, save_format)
+        parts, bases, said = pth_llava.parts(job)
         return "llava", parts, bases, said
     llm = {own: source for name, (own, source) in names.items() if not name.startswith((_REFERENCE, _REWARD))}
     head = [(name, source) for name, (_, source) in names.items() if name.startswith(_REWARD)]

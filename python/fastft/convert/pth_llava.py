@@ -1,26 +1,41 @@
-"""A LLaVA checkpoint of XTuner's becomes the folders that XTuner's tools read: its parts side by side.
+"""A LLaVA checkpoint of XTuner's becomes the folders that XTuner's tools read, or one that transformers loads.
 
-`llm_adapter/` or the language model in the folder itself, `visual_encoder_adapter/` or `visual_encoder/`, and
-`projector/`. As in XTuner only the language model is cast; the other parts keep the dtype they were trained in.
+The parts side by side: `llm_adapter/` or the language model in the folder itself, `visual_encoder_adapter/` or
+`visual_encoder/`, and `projector/`. As in XTuner only the language model is cast; the other parts keep the dtype they were
+trained in. One folder (`--save-format huggingface`) is planned as a merge of the parts is (`llava`), all in one dtype.
 Source: xtuner/model/llava.py and xtuner/model/modules/projector, v0.1.23 (spec/formats.md 7.3).
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastft.config.schema import Model
-from fastft.convert.adapter import canonical_key
+from fastft.convert import internlm2, layout, llava, llava_result
+from fastft.convert.adapter import Adapter, canonical_key, understood
 from fastft.convert.clip import vision_config, vision_tower
 from fastft.convert.folder import Checkpoint, read_checkpoint
 from fastft.convert.json_file import read_object
 from fastft.convert.model_config import ConfigEdits, config_text, edited
-from fastft.convert.plan import Shard, natural_order, taken_over
-from fastft.convert.pth_parts import Job, Part, adapter_part, base_of, model_part, one_dtype, own_names, plain_names
+from fastft.convert.plan import Copy, OutputTensor, Rows, Shard, natural_order, taken_over
+from fastft.convert.pth_parts import (
+    Job,
+    Part,
+    adapter_part,
+    adapter_settings,
+    base_of,
+    model_part,
+    one_dtype,
+    own_names,
+    plain_names,
+    weights_of,
+)
+from fastft.convert.recorded import LoraSettings
 from fastft.convert.sidefiles import side_files
-from fastft.convert.source import CONFIG_DTYPES, Source
+from fastft.convert.source import CONFIG_DTYPES, DTYPES, Joined, Source, fingerprint, joined, rows_of
 from fastft.convert.trained import CONFIG_JSON, LORA
 from fastft.errors import PlanError
 
@@ -39,8 +54,23 @@ class ProjectorShape:
     bias: bool
 
 
-def parts(job: Job, save_format: str) -> tuple[tuple[Part, ...], list[Checkpoint], tuple[str, ...]]:
-    """Plan the folders.
+@dataclass(frozen=True)
+class OneFolder:
+    """A whole LLaVA to be written.
+
+    Attributes:
+        plan: of its tensors.
+        write_processor: puts tokenizer, image processor and chat template into a folder.
+        notes: what the user should know, a sentence each.
+    """
+
+    plan: llava.LlavaPlan
+    write_processor: Callable[[Path], None]
+    notes: tuple[str, ...]
+
+
+def parts(job: Job) -> tuple[tuple[Part, ...], list[Checkpoint], tuple[str, ...]]:
+    """Plan the folders of the parts.
 
     Returns:
         the folders, what they were held against, and notes.
@@ -49,11 +79,6 @@ def parts(job: Job, save_format: str) -> tuple[tuple[Part, ...], list[Checkpoint
         PlanError: a tensor belongs to no part, or a part cannot be converted.
     """
     groups, notes = _split(job)
-    if save_format == "huggingface":
-        raise PlanError(
-            f"{job.pth}: a LLaVA checkpoint is not yet written as one huggingface folder; leave --save-format, which writes"
-            " its parts"
-        )
     made: list[Part] = []
     bases: list[Checkpoint] = []
     if llm := groups["llm."]:
@@ -72,6 +97,118 @@ def parts(job: Job, save_format: str) -> tuple[tuple[Part, ...], list[Checkpoint
     if job.dtype is not None and len(made) > 1:
         notes.append("only the language model is cast, as in XTuner; projector and vision tower keep their dtype")
     return tuple(made), bases, tuple(notes)
+
+
+def one_folder(job: Job) -> OneFolder:
+    """Plan the whole LLaVA as one folder that transformers loads: what was trained, and the rest of its base models.
+
+    Raises:
+        PlanError: a part is missing or cannot be converted, or no transformers' LLaVA holds it.
+        HubError: a base model is not on this machine and cannot be fetched.
+    """
+    groups, notes = _split(job)
+    projector = _projector(job, groups["projector."])
+    llm, llm_adapter, place = _language_model(job, groups["llm."])
+    tower, tower_adapter = _tower(job, groups["visual_encoder."])
+    words, image_token_id, write = llava_result.new_processor(place, tower.folder, job.run.model)
+    layer = job.run.visual_select_layer
+    parts = llava.LlavaParts(
+        llm, tower, projector, image_token_id, llm_adapter, tower_adapter, -2 if layer is None else layer
+    )
+    plan = llava.plan_llava(
+        parts,
+        num_tokens=len(words),
+        dtype=next((word for word, dtype in DTYPES.items() if dtype == job.dtype), "auto"),
+        max_shard_size_bytes=job.max_shard_size_bytes,
+    )
+    return OneFolder(plan, write, tuple(notes))
+
+
+def _projector(job: Job, names: Mapping[str, Source]) -> llava.Projector:
+    if not names:
+        raise PlanError(
+            f"{job.pth}: holds no projector (projector.model.0.weight and so on), without which there is no whole LLaVA;"
+            " leave --save-format, which writes the parts that are there"
+        )
+    config = _projector_config(projector_shape(names, job.pth))
+    return llava.Projector(config, names, tuple(map(fingerprint, job.trained.files)))
+
+
+def _language_model(job: Job, names: Mapping[str, Source]) -> tuple[Checkpoint, Adapter | None, Path]:
+    """Give the language model, its adapter, and the folder of its tokenizer."""
+    from fastft.convert.pth import base_folder
+    from fastft.hub import locate
+
+    if names and not is_adapter(names):
+        folder = base_folder(job.run, needed=True)
+        assert folder is not None
+        return _whole_language_model(job, names, folder), None, folder
+    folder = locate.model(job.run.model)
+    llm = llava.read_llm(folder)
+    if not names:
+        return llm, None, folder
+    adapter = _adapter(job, names, job.run.lora, job.run.model.name, "CAUSAL_LM")
+    return llm, adapter, folder
+
+
+def _whole_language_model(job: Job, names: Mapping[str, Source], folder: Path) -> Checkpoint:
+    """The base with the trained weights in place of its own; InternLM2's in the layout of Llama."""
+    base, _ = base_of(folder)
+    if base is None:
+        raise PlanError(f"{job.pth}: {folder} has no weights to hold its language model against; give the whole folder")
+    if not internlm2.is_internlm2(base.config):
+        return replace(base, tensors=weights_of(job.pth, names, base))
+    as_llama = replace(base, config=layout.llama_config(base.config))
+    if "model.embed_tokens.weight" in names:
+        shapes = {tensor.name: tensor.shape for tensor in layout.llama_tensors(base)}
+        return replace(as_llama, tensors=weights_of(job.pth, names, as_llama, shapes))
+    trained = replace(base, tensors=weights_of(job.pth, names, base))
+    return replace(as_llama, tensors={tensor.name: _source_of(tensor) for tensor in layout.llama_tensors(trained)})
+
+
+def _source_of(tensor: OutputTensor) -> Source:
+    """Where the numbers of a tensor lie that is taken over, or is made of rows of others."""
+    operation = tensor.operation
+    if isinstance(operation, Rows):
+        rows = (rows_of(part.source, part.start, part.count) for part in operation.parts)
+        return joined(list(rows), tensor.shape)
+    assert isinstance(operation, Copy)
+    return operation.source
+
+
+def _tower(job: Job, names: Mapping[str, Source]) -> tuple[Checkpoint, Adapter | None]:
+    if job.run.visual_encoder is None:
+        raise PlanError(
+            f"{job.pth}: one folder holds the vision tower too, but {job.run.place} does not say which one it was"
+            " (visual_encoder, vision.tower); give the config of the run"
+        )
+    folder = vision_folder(job, needed=True)
+    assert folder is not None
+    base = read_checkpoint(folder)
+    tower = replace(vision_tower(base), config=vision_config(base.config))
+    if not names:
+        return tower, None
+    if not is_adapter(names):
+        return replace(tower, tensors=weights_of(job.pth, names, tower)), None
+    return tower, _adapter(job, names, _visual_lora(job), job.run.visual_encoder or "", None)
+
+
+def _adapter(
+    job: Job, names: Mapping[str, Source], lora: LoraSettings | None, base_name: str, task_type: str | None
+) -> Adapter:
+    """Give an adapter to compute with.
+
+    Raises:
+        PlanError: a tensor of it lies in pieces, as sharded trainings leave them.
+    """
+    kept, settings, _, _ = adapter_settings(job, names, lora, base_name, task_type)
+    torn = next((name for name, source in kept.items() if isinstance(source.lens, Joined)), None)
+    if torn is not None:
+        raise PlanError(
+            f"{job.pth}: its {torn!r} lies in pieces, which can be written but not computed with; leave --save-format, which"
+            " writes the parts, and make one folder of them with `fastft convert merge`"
+        )
+    return replace(understood(kept, settings, job.trained.files[-1]), folder=job.pth)
 
 
 def _split(job: Job) -> tuple[dict[str, dict[str, Source]], list[str]]:
@@ -123,15 +260,10 @@ def _vision_part(job: Job, names: Mapping[str, Source]) -> tuple[Part, Checkpoin
     folder = vision_folder(job, needed=not adapter)
     tower = None if folder is None else vision_tower(read_checkpoint(folder))
     if adapter:
-        if job.run.visual_lora is None:
-            raise PlanError(
-                f"{job.pth}: holds an adapter of the vision tower, but {job.run.place} does not say its alpha"
-                " (visual_encoder_lora); give the XTuner config of the run"
-            )
         part = adapter_part(
             job,
             names,
-            job.run.visual_lora,
+            _visual_lora(job),
             tower,
             folder="visual_encoder_adapter",
             base_name=job.run.visual_encoder or "",
@@ -144,6 +276,15 @@ def _vision_part(job: Job, names: Mapping[str, Source]) -> tuple[Part, Checkpoin
     config = edited(vision_config(read_object(folder / CONFIG_JSON)), ConfigEdits(dtype=one_dtype(names)))
     chosen = side_files(folder, vision_only=True)
     return replace(part, texts={CONFIG_JSON: config_text(config).encode()}, side_files=chosen), tower
+
+
+def _visual_lora(job: Job) -> LoraSettings:
+    if job.run.visual_lora is None:
+        raise PlanError(
+            f"{job.pth}: holds an adapter of the vision tower, but {job.run.place} does not say its alpha"
+            " (visual_encoder_lora); give the XTuner config of the run"
+        )
+    return job.run.visual_lora
 
 
 def vision_folder(job: Job, *, needed: bool) -> Path | None:
@@ -201,17 +342,14 @@ def projector_part(job: Job, names: Mapping[str, Source]) -> Part:
     """Plan the folder of the projector."""
     shape = projector_shape(names, job.pth)
     dtype = one_dtype(names)
-    config = {
-        "architectures": ["ProjectorModel"],
-        "bias": shape.bias,
-        "depth": shape.depth,
-        "hidden_act": "gelu",
-        "llm_hidden_size": shape.llm_hidden_size,
-        "model_type": "projector",
-        **({} if dtype is None else {"torch_dtype": CONFIG_DTYPES[dtype]}),
-        "visual_hidden_size": shape.visual_hidden_size,
-    }
+    said = {} if dtype is None else {"torch_dtype": CONFIG_DTYPES[dtype]}
+    config = dict(sorted({**_projector_config(shape), **said}.items()))
     tensors = [taken_over(name, names[name], job.dtype) for name in sorted(names, key=natural_order)]
     shards = (Shard("model.safetensors", tuple(tensors)),)
     texts = {CONFIG_JSON: (json.dumps(config, indent=2) + "\n").encode()}
     return Part(PROJECTOR, "model.safetensors", shards, texts, {})
+
+
+def _projector_config(shape: ProjectorShape) -> dict[str, Any]:
+    config = llava.projector_config(shape.visual_hidden_size, shape.llm_hidden_size, "gelu", bias=shape.bias)
+    return {**config, "depth": shape.depth}

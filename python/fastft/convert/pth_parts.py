@@ -171,8 +171,7 @@ def adapter_part(
         task_type: of PEFT.
         reward_head: the head of a reward model, which goes along as `score`.
     """
-    kept = {name: source for name, source in names.items() if ".original_module." not in name}
-    settings, texts, chosen = _adapter_settings(job, kept, lora, base_name, task_type)
+    kept, settings, texts, chosen = adapter_settings(job, names, lora, base_name, task_type)
     adapter = understood(kept, settings, job.trained.files[-1])
     notes = []
     if base is None:
@@ -191,10 +190,24 @@ def adapter_part(
     return Part(folder, ADAPTER_WEIGHTS, shards, texts, chosen, tuple(notes))
 
 
-def _adapter_settings(
+def adapter_settings(
+    job: Job, names: Mapping[str, Source], lora: LoraSettings | None, base_name: str, task_type: str | None
+) -> tuple[dict[str, Source], dict[str, Any], dict[str, bytes], dict[str, Path]]:
+    """Give an adapter's tensors and its settings, the checkpoint's own or those of the run.
+
+    Returns:
+        the tensors without untrained originals; the settings; the files made from them; the files to copy.
+
+    Raises:
+        PlanError: nobody says the settings, or they are those of another run.
+    """
+    kept = {name: source for name, source in names.items() if ".original_module." not in name}
+    return kept, *_settings(job, kept, lora, base_name, task_type)
+
+
+def _settings(
     job: Job, names: Mapping[str, Source], lora: LoraSettings | None, base_name: str, task_type: str | None
 ) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Path]]:
-    """Give the adapter's settings, the files made from them and the files copied: its own, or the run's."""
     own = job.trained.folder
     if own is not None and (own / ADAPTER_CONFIG).exists():
         chosen = side_files(own)
@@ -360,6 +373,25 @@ def _tensors(names: Mapping[str, Source], config: Mapping[str, Any], dtype: str 
         )
     tensors = [taken_over(name, source, dtype) for name, source in names.items() if tied is None or name != tied.head]
     return sorted(tensors, key=lambda tensor: natural_order(tensor.name))
+
+
+def weights_of(
+    pth: Path, names: Mapping[str, Source], base: Checkpoint, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Source]:
+    """Give the weights of a whole model once their names and shapes agree with its base; a tied head is left out.
+
+    Args:
+        pth: the checkpoint.
+        names: its tensors by their plain names.
+        base: what the training began with.
+        shapes: those that the weights must have, where they are not those of the base's files.
+
+    Raises:
+        PlanError: they do not agree.
+    """
+    kept, _ = _without_counters(names, base.tensors)
+    _check_names(pth, kept, shapes or {}, base, base.config)
+    return {tensor.name: names[tensor.name] for tensor in _tensors(kept, base.config, None)}
 
 
 def _same_numbers(one: Source, other: Source) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastft.config import python_text, recipes
 from fastft.config.python_text import Call, Symbol, Value
-from fastft.config.schema import Config, Model
+from fastft.config.schema import Config, Lora, Model
 from fastft.convert.json_file import read_regular_file
 from fastft.errors import ConfigError, UsageError
 
@@ -69,9 +69,21 @@ class Run:
 
 def of_config(config: Config) -> Run:
     """What a config of ours says."""
-    lora = config.method.lora
-    settings = None if lora is None else LoraSettings(lora.r, lora.alpha, lora.dropout, lora.rslora)
-    return Run(f"the config {config.name}", config.model, config.method.kind, settings, config=config)
+    vision = config.vision
+    return Run(
+        f"the config {config.name}",
+        config.model,
+        config.method.kind,
+        _settings(config.method.lora),
+        visual_encoder=None if vision is None else vision.tower,
+        visual_lora=None if vision is None else _settings(vision.learn.tower_lora),
+        visual_select_layer=None if vision is None else vision.select_layer,
+        config=config,
+    )
+
+
+def _settings(lora: Lora | None) -> LoraSettings | None:
+    return None if lora is None else LoraSettings(lora.r, lora.alpha, lora.dropout, lora.rslora)
 
 
 def of_python_file(path: Path, words: Sequence[str] = ()) -> Run:

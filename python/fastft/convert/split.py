@@ -82,8 +82,17 @@ def execute(plan: SplitPlan, save_path: Path, *, force: bool = False) -> SplitRe
     started = time.monotonic()
     check_target(save_path, [plan.source.folder], plan.num_bytes, force=force)
     with publish.staged(save_path, force=force, num_bytes=plan.num_bytes) as stage:
-        write_shards(plan.shards, stage, "splitting")
-        copy_side_files(dict(plan.side_files), stage)
-        (stage / "config.json").write_bytes(read_regular_file(plan.source.folder / "config.json"))
-        check_unchanged(plan.source.fingerprints)
+        write_into(stage, plan)
     return SplitReport(save_path, plan.num_bytes, len(plan.shards), time.monotonic() - started)
+
+
+def write_into(folder: Path, plan: SplitPlan) -> None:
+    """Write the model into an existing (staging) folder.
+
+    Raises:
+        CheckpointError: an input changed.
+    """
+    write_shards(plan.shards, folder, "splitting")
+    copy_side_files(dict(plan.side_files), folder)
+    (folder / "config.json").write_bytes(read_regular_file(plan.source.folder / "config.json"))
+    check_unchanged(plan.source.fingerprints)

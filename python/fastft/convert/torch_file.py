@@ -110,9 +110,9 @@ def read(path: Path, start: int = 0, length: int | None = None) -> TorchFile:
         FileError: not there, no regular file, or not readable.
         CheckpointError: not a file of torch.save, broken or cut off.
     """
-    path = path.resolve()
+    given, path = path, path.resolve()  # errors about the file itself show the name that was given
     try:
-        with _opened(path) as whole:
+        with _opened(given) as whole:
             size = os.fstat(whole.fileno()).st_size
             if length is not None and not 0 <= start <= start + length <= size:
                 raise CheckpointError(f"{path}: cut off: bytes {start} to {start + length} of {size} are needed")

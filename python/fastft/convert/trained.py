@@ -70,6 +70,7 @@ def read(pth: Path, *, masters: bool) -> Trained:
         if not pth.exists():
             raise FileError(f"{pth}: not there; give a .pth file or a checkpoint folder")
         if pth.is_dir():
+            _refuse_llava(pth)
             return _read_folder(pth.resolve(), masters=masters)
     except PermissionError as error:
         raise FileError(f"{pth}: cannot be read: {error.strerror}") from error
@@ -141,6 +142,20 @@ def _read_sharded(folder: Path, sharded: Path) -> Trained:
     if len(tensors) != len(found.tensors):
         notes.append(f"{len(found.tensors) - len(tensors)} tensors of the optimizer in {sharded.name} are left out")
     return Trained(_without_wrapper(tensors), found.files, _described(folder), notes=tuple(notes))
+
+
+def _refuse_llava(folder: Path) -> None:
+    """Refuse what the training of a LLaVA left: its parts are there already, in folders of their own.
+
+    Raises:
+        PlanError: naming the command for it.
+    """
+    for place in (folder, folder / "llava"):
+        if (place / "projector" / CONFIG_JSON).is_file():
+            raise PlanError(
+                f"{folder}: the parts of a LLaVA, converted already; `fastft convert merge LLM {place} SAVE_PATH` makes one"
+                " folder of them"
+            )
 
 
 def _without_wrapper(tensors: Mapping[str, Source]) -> dict[str, Source]:

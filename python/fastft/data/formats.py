@@ -453,8 +453,8 @@ def _calls(text: str, place: str) -> tuple[Mapping[str, Any], ...]:
     """The calls in the text of a `function_call` turn: one, or a list of several at once."""
     try:
         found = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BadRowError(f"{place}: function_call is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"{place}: function_call is not JSON ({_reason(error)})") from error
     return tuple(_call(call, f"{place}: function_call") for call in (found if isinstance(found, list) else [found]))
 
 
@@ -478,12 +478,19 @@ def _call(call: Any, place: str) -> Mapping[str, Any]:
     if isinstance(arguments, str) and arguments.strip():
         try:
             arguments = json.loads(arguments)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BadRowError(f"{place}: arguments are not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(f"{place}: arguments are not JSON ({_reason(error)})") from error
     arguments = arguments or {}
     if not isinstance(arguments, Mapping):
         raise BadRowError(f"{place}: arguments are a {type(arguments).__name__}, not an object")
     return {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+
+
+def _reason(error: Exception) -> object:
+    """Why a text is not JSON; Python's own words about nesting are of its stack, those about digits of its settings."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return error if isinstance(error, json.JSONDecodeError) else "a number of too many digits"
 
 
 def read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
@@ -494,8 +501,8 @@ def read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
             return ()
         try:
             tools = json.loads(tools)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BadRowError(f"tools is not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(f"tools is not JSON ({_reason(error)})") from error
     if tools is None:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):

@@ -195,6 +195,11 @@ class Collection:
         part, inside = self._find(index)
         return self.parts[part].images.get(inside, ())
 
+    @property
+    def all_have_images(self) -> bool:
+        """Whether no document is text alone."""
+        return all(len(part.images) == len(part) for part in self.parts)
+
     def place(self, index: int) -> Where:
         """Where a document came from."""
         part, inside = self._find(index)

@@ -86,6 +86,30 @@ def attach(
     return adapted
 
 
+def attach_to_tower(model: Any, base_name: str, learn: schema.Learn) -> None:
+    """Put adapters into the vision tower of a LLaVA whose other parts are trained whole; which weights learn is set after.
+
+    The model stays the class that it is, so that its checkpoints hold it whole, adapters included.
+
+    Args:
+        model: of transformers.
+        base_name: what adapter_config.json calls the base.
+        learn: with `tower_lora`.
+
+    Raises:
+        ConfigError: a name in its `targets` is no module of the tower.
+    """
+    from peft import inject_adapter_in_model
+
+    assert learn.tower_lora is not None
+    tower_alone = learn.model_copy(update={"llm": "frozen", "projector": "frozen"})
+    where = vision.lora_settings(model, learn.tower_lora, tower_alone)
+    inject_adapter_in_model(lora_config(learn.tower_lora, base_name, "sft", where), model)
+    for name, parameter in model.named_parameters():
+        if vision.is_adapter(name):
+            parameter.data = parameter.data.float()
+
+
 def _train_in_fp32(adapted: Any) -> None:
     """Make whole trained modules fp32 like the adapters; what goes in and comes out keeps the base's dtype."""
     import torch

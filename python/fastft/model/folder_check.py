@@ -30,6 +30,8 @@ _MAX_TEMPLATE_BYTES = 1_000_000
 # The largest tokenizer.json has some 40 MB.
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 _MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
+# Others would be read as if their integers, or their 8 bits without a scale, were the weights.
+_NUMBERS = ("F32", "F16", "BF16", "F64")
 _TEXTS = ("tokenizer_class", "processor_class", "padding_side")
 
 
@@ -66,12 +68,18 @@ def check_weights(folder: Path) -> None:
 
     Raises:
         FileError: there are none, or one is missing.
-        CheckpointError: see `convert.folder.read_weights`.
+        CheckpointError: see `convert.folder.read_weights`; or a weight is of integers.
     """
     from fastft.convert.folder import read_weights
 
-    if not read_weights(folder)[0]:
-        raise CheckpointError(f"{folder}: its files of weights hold no tensors")
+    tensors = read_weights(folder)[0]
+    for name, tensor in tensors.items():
+        # Buffers of integers (masks, counters) have other names, and packed 4-bit weights their scales beside them.
+        is_weight = name.endswith(".weight") or (name.endswith(".bias") and len(tensor.shape) == 1)
+        if is_weight and tensor.dtype not in _NUMBERS and f"{name}.absmax" not in tensors:
+            raise CheckpointError(
+                f"{folder}: {name} is {tensor.dtype}; weights are {', '.join(_NUMBERS)}, or bitsandbytes' 4 bits"
+            )
 
 
 @contextmanager

@@ -301,7 +301,10 @@ def read_tower(folder: Path, dtype: "torch.dtype", attention: str | None = None)
     """
     from transformers import CLIPVisionModel
 
+    from fastft.convert import layout
+
     tower_config(folder)
+    folder = layout.without_pickles(folder)
     said = {} if attention is None else {"attn_implementation": attention}
     try:
         with quiet.without_report_of(CLIPVisionModel, _NOT_OF_THE_TOWER):

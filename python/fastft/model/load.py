@@ -6,7 +6,7 @@ The order matters to a run, which checks its data (tokenizer needed) before it r
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +111,13 @@ def locate(model: schema.Model) -> Base:
     return Base(name, folder, laid_out, read_config(laid_out), kind)
 
 
+def without_pickles(base: Base) -> Base:
+    """The same base with its weights in safetensors; see `layout.without_pickles`."""
+    from fastft.convert import layout
+
+    return replace(base, weights_folder=layout.without_pickles(base.weights_folder))
+
+
 def read_model_config(base: Base, **settings: Any) -> Any:
     """The transformers config of a base.
 
@@ -144,12 +151,14 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     """
     from fastft.convert.source import check_unchanged, looked_at
 
+    if config.model.init != "random":
+        base = without_pickles(base)
     quiet.prepare_libraries()
     quiet.hide_loading_bars()
     seen = looked_at(base.weights_folder)
     on = device.choose()
     kind = weights_kind(config.method.kind)
-    stored_4bit = quantization.of_checkpoint(base.config_json)
+    stored_4bit = quantization.of_checkpoint(base.config_json, base.folder)
     if stored_4bit is not None and kind == "full":
         raise ConfigError(
             f"method: {config.method.kind} cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint"
@@ -195,8 +204,10 @@ def load_weights(config: schema.Config, base: Base, tokenizer: Any) -> Loaded:
     if config.method.lora is not None:
         learn = None if config.vision is None else config.vision.learn
         model = adapter.attach(model, config.method.lora, base.name, config.task, learn)
-        lora_start.start(model, config.method.lora, base.weights_folder)
+        lora_start.start(model, config.method.lora, base.weights_folder, in_parts=in_parts)
     elif config.vision is not None:
+        if config.vision.learn.tower_lora is not None:
+            adapter.attach_to_tower(model, base.name, config.vision.learn)
         vision.freeze(model, config.vision.learn)
     if config.vision is not None:
         vision.freeze_unused(model)

@@ -11,6 +11,9 @@ and hold A0 and B0 beside: a resumed run must find the same ones.
 
 With `loftq` nothing is converted: a merge starts from what 4 bits made of the base, as for any QLoRA adapter.
 
+In a LLaVA made of parts the adapters of the tower start like those of the language model, each with its own rank; with
+`loftq` the tower can have none, since it is never held in 4 bits.
+
 Letters: I in, O out, R rank; s is the adapter's scale.
 """
 
@@ -34,13 +37,14 @@ _PREFIX = "base_model.model."
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def start(adapted: Any, lora: schema.Lora, original: Path) -> None:
+def start(adapted: Any, lora: schema.Lora, original: Path, *, in_parts: bool = False) -> None:
     """Give the fresh adapters of a peft model their start, and take it out of the base where it comes from there.
 
     Args:
         adapted: the PeftModel.
         lora: `init` says which start.
         original: folder of the base's safetensors, which loftq reads again.
+        in_parts: the base is the language model of a LLaVA, whose names differ from those in its files.
 
     Raises:
         ConfigError: the start does not fit this model.
@@ -52,22 +56,23 @@ def start(adapted: Any, lora: schema.Lora, original: Path) -> None:
     if getattr(config, "target_parameters", None):
         raise ConfigError(f"lora.init: {lora.init} is for linear layers, and this model has experts; use default")
     layers = list(_layers(adapted))
-    stored = _Stored(original) if lora.init == "loftq" else None
+    stored = _Stored(original, in_parts=in_parts) if lora.init == "loftq" else None
     begun: dict[str, torch.Tensor] = {}
     with console.progress(f"lora.init: {lora.init}", len(layers), "layers") as advance, torch.no_grad():
         for done, (name, layer) in enumerate(layers, 1):
             scale = float(layer.scaling["default"])
             A_RI, B_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            rank = int(layer.r["default"])
             if stored is None:
                 weight_OI = layer.base_layer.weight
-                A0_RI, B0_OR = (_pissa if lora.init == "pissa" else _olora)(weight_OI.float(), lora.r, scale)
+                A0_RI, B0_OR = (_pissa if lora.init == "pissa" else _olora)(weight_OI.float(), rank, scale)
                 weight_OI.copy_(weight_OI.float() - scale * (B0_OR @ A0_RI))
                 begun[f"{name}.lora_A.weight"] = A0_RI.cpu().contiguous()
                 begun[f"{name}.lora_B.weight"] = B0_OR.cpu().contiguous()
             else:
-                held_OI = _held(layer.base_layer)
+                held_OI = _held(layer.base_layer, name)
                 lost_OI = stored.read(name, held_OI.shape).to(held_OI.device) - held_OI
-                A0_RI, B0_OR = _pissa(lost_OI, lora.r, scale)
+                A0_RI, B0_OR = _pissa(lost_OI, rank, scale)
             A_RI.copy_(A0_RI)
             B_OR.copy_(B0_OR)
             advance(done)
@@ -114,16 +119,34 @@ def convert(folder: Path, model: Any) -> None:
         return
     from safetensors.torch import load_file, save_file
 
-    weights = {name: _doubled(name, value, begun) for name, value in load_file(folder / _WEIGHTS).items()}
+    weights = doubled(load_file(folder / _WEIGHTS), model)
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    config["r"] *= 2
-    config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2
-    config["init_lora_weights"] = True
+    config |= plain_settings(config)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     console.note(
         f"result: the adapter has rank {config['r']}, twice the trained one, so that it fits the original base"
     )
+
+
+def doubled(tensors: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter for the original base, by their names in the whole model or in peft's files.
+
+    A model whose base the start has not changed keeps them as they are.
+    """
+    begun = getattr(model, "lora_start", None) or {}
+    return {name: _doubled(name, value.detach().cpu(), begun) for name, value in tensors.items()}
+
+
+def plain_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings of an adapter become when its rank is doubled."""
+    factor = math.sqrt(2) if config["use_rslora"] else 2
+    return {"r": config["r"] * 2, "lora_alpha": config["lora_alpha"] * factor, "init_lora_weights": True}
+
+
+def changed_base(model: Any) -> bool:
+    """Whether the start took something out of the base, so that what is saved must be doubled."""
+    return bool(getattr(model, "lora_start", None))
 
 
 def _doubled(name: str, value: torch.Tensor, begun: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -172,12 +195,15 @@ def _rank(weight_OI: torch.Tensor, rank: int) -> int:
     return rank
 
 
-def _held(base: Any) -> torch.Tensor:
+def _held(base: Any, name: str = "a layer with an adapter") -> torch.Tensor:
     """What 4 bits made of a weight, fp32 [O, I]."""
     from fastft.model import fused_lora
 
     if getattr(base.weight, "quant_state", None) is None:
-        raise ConfigError("lora.init: loftq is for a base in 4 bits; a layer with an adapter is not")
+        raise ConfigError(
+            f"lora.init: loftq is for layers held in 4 bits, and {name} is not; leave it without an adapter (a vision tower:"
+            " vision.learn.tower=frozen), or use init: default"
+        )
     return fused_lora.weight_of(base, torch.float32)
 
 
@@ -186,11 +212,13 @@ class _Stored:
 
     Args:
         folder: holds the safetensors files.
+        in_parts: they are those of a LLaVA's language model.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, in_parts: bool = False) -> None:
         from safetensors import safe_open
 
+        self.in_parts = in_parts
         self.files: dict[str, Any] = {}  # the open file of each name
         for path in sorted(folder.glob("*.safetensors")):
             file: Any = safe_open(path, framework="pt")
@@ -204,7 +232,7 @@ class _Stored:
         Raises:
             CheckpointError: it does not stand in the files under this name, or has another shape.
         """
-        name = f"{layer}.weight"
+        name = f"{layer.replace('model.language_model.', 'model.', 1) if self.in_parts else layer}.weight"
         weight: torch.Tensor | None = self.files[name].get_tensor(name) if name in self.files else None
         if weight is None or weight.shape != shape:
             raise CheckpointError(

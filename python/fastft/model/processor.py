@@ -5,11 +5,11 @@ part alone; without it they are put together without that part, since fastft lea
 """
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from fastft.config import schema
+from fastft.convert.json_file import read_object
 from fastft.errors import CheckpointError, ConfigError
 
 # What a processor is made of in a model's folder; they go with an adapter.
@@ -68,7 +68,7 @@ def _class_of(folder: Path, model_type: str) -> Any:
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = folder / name
         if named is None and path.is_file():
-            named = json.loads(path.read_text(encoding="utf-8")).get("processor_class")
+            named = read_object(path).get("processor_class")
     named = named or PROCESSOR_MAPPING_NAMES.get(model_type)
     kind = getattr(transformers, named, None) if isinstance(named, str) else None
     if kind is None or "video_processor" not in kind.get_attributes() or importlib.util.find_spec("torchvision"):

@@ -6,6 +6,7 @@ Settings come from the schema or from the checkpoint's own config.json; the reco
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.config import schema
@@ -78,8 +79,8 @@ def allow_parts_in_ram(settings: Any, model_config: Any) -> None:
         stored["llm_int8_enable_fp32_cpu_offload"] = True
 
 
-def of_checkpoint(config_json: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantization block of a checkpoint that is already bitsandbytes 4-bit, None for a plain one.
+def of_checkpoint(config_json: Mapping[str, Any], folder: Path | str) -> Mapping[str, Any] | None:
+    """The quantization block of a checkpoint that is already bitsandbytes 4-bit, None for a plain one; `folder` is for the error.
 
     Raises:
         ConfigError: the checkpoint is quantized in another way (8 bit, GPTQ, AWQ, ...), which cannot be trained on.
@@ -90,7 +91,7 @@ def of_checkpoint(config_json: Mapping[str, Any]) -> Mapping[str, Any] | None:
     is_4bit = block.get("quant_method") == "bitsandbytes" and (block.get("load_in_4bit") or block.get("_load_in_4bit"))
     if not is_4bit:
         raise ConfigError(
-            f"model: the checkpoint is quantized as {block.get('quant_method', 'unknown')}"
+            f"model {folder}: the checkpoint is quantized as {block.get('quant_method', 'unknown')}"
             f"{' 8 bit' if block.get('load_in_8bit') else ''}; fastft trains on plain weights or bitsandbytes 4 bit"
         )
     assert isinstance(block, Mapping)

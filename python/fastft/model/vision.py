@@ -175,8 +175,13 @@ def lora_settings(model: Any, lora: schema.Lora, learn: schema.Learn) -> dict[st
     return settings
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter, by its name."""
+    return ".lora_" in name
+
+
 def freeze(model: Any, learn: schema.Learn) -> None:
-    """Take the gradient from the parts that method full does not train."""
+    """Take the gradient from the parts that method full does not train; adapters of the tower keep theirs."""
     found = parts(model)
     trained = {
         "llm": learn.llm == "method",
@@ -184,7 +189,7 @@ def freeze(model: Any, learn: schema.Learn) -> None:
         "tower": learn.tower == "full",
     }
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[found.of(name)])
+        parameter.requires_grad_(trained[found.of(name)] or is_adapter(name))
 
 
 def freeze_unused(model: Any) -> None:

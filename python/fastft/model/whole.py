@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft import console
+from fastft.convert import layout
 from fastft.errors import CheckpointError
 from fastft.model import folder_check
 
@@ -36,6 +37,7 @@ def read(
             cannot be read, or fit no model.
     """
     folder_check.check_weights(folder)
+    assert not layout.holds_pickles(folder), "transformers would unpickle them; see layout.without_pickles"
     with folder_check.library_errors(f"model {folder}: cannot be read"), _without_report():
         model, told = model_class.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **how)
     mismatched = sorted(told["mismatched_keys"], key=str)

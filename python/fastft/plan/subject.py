@@ -51,7 +51,7 @@ def of_json(
     model_config = _read_as(config, kind, config_json)
     if model_config.get_text_config() is not model_config:
         raise ConfigError(f"plan: a model of type {kind} reads more than text; only text models are planned")
-    stored = quantization.of_checkpoint(config_json)
+    stored = quantization.of_checkpoint(config_json, config.model.name)
     if stored is not None and not config.method.has_adapter:
         raise ConfigError(
             f"method: {config.method.kind} cannot train a 4-bit checkpoint; use method qlora, or the 16-bit checkpoint"
@@ -69,7 +69,8 @@ def _read_as(config: schema.Config, kind: str, config_json: Mapping[str, Any]) -
 
     if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
-            f"plan: transformers has no text model of type {kind}, and code that comes with a model is not run for a plan"
+            f"plan, model {config.model.name}: transformers has no text model of type {kind}, and code that comes with a "
+            "model is not run for a plan (model.trust_remote_code: true holds for train and chat)"
         )
     if config.task == "reward" and kind not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise ConfigError(f"plan: transformers has no classifier of type {kind}, so no reward model is made of it")

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from fastft import console, publish
+from fastft.convert.json_file import read_object
+from fastft.errors import CheckpointError, FileError
 
 MANIFEST = "fastft_checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Larger files have no hash in the manifest: all of an adapter's checkpoint is hashed in a moment, the weights and
 # moments of a whole model would hold up the training.
 _MOST_HASHED_BYTES = 256 * 2**20
+_MOST_STEPS = 2**53
 
 
 @dataclass(frozen=True)
@@ -91,16 +94,24 @@ def examine(path: Path, *, with_hashes: bool = False) -> Checkpoint:
     match = _NAME.fullmatch(path.name)
     step = int(match[1]) if match else -1
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files, hashes = dict(manifest.pop("files")), dict(manifest.pop("sha256", {}))
-        step = int(manifest["step"])
-    except OSError:
-        return Checkpoint(step, path, f"{MANIFEST} is missing", {})
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if not (path / MANIFEST).exists():
+            return Checkpoint(step, path, f"{MANIFEST} is missing", {})
+        manifest = read_object(path / MANIFEST)
+    except FileError:
+        return Checkpoint(step, path, f"{MANIFEST} is no file that can be read", {})
+    except OSError as cause:  # a link to itself, a folder that may not be looked into
+        return Checkpoint(step, path, f"{MANIFEST} cannot be read: {cause.strerror}", {})
+    except CheckpointError:
         return Checkpoint(step, path, f"{MANIFEST} is broken", {})
+    files, hashes = manifest.pop("files", None), manifest.pop("sha256", {})
+    if (reason := _what_is_wrong(manifest, files, hashes)) is not None:
+        return Checkpoint(step, path, f"{MANIFEST} is broken: {reason}", {})
+    if match and manifest["step"] != step:
+        return Checkpoint(step, path, f"{MANIFEST} is that of step {manifest['step']}", {})
+    step = manifest["step"]
     for name, size in files.items():
         file = path / name
-        if not file.is_file():
+        if not _is_file(file):
             return Checkpoint(step, path, f"{name} is missing", manifest)
         if file.stat().st_size != size:
             return Checkpoint(step, path, f"{name} has {file.stat().st_size} bytes instead of {size}", manifest)
@@ -117,6 +128,35 @@ def keep_newest(run_dir: Path, keep: int) -> None:
             publish.remove(old.path)
         except OSError as cause:
             console.warn(f"checkpoint {old.path.name}: cannot be deleted: {cause.strerror}")
+
+
+def _what_is_wrong(manifest: Mapping[str, Any], files: Any, hashes: Any) -> str | None:
+    """Tell which part of a manifest is not what `save` writes."""
+    if type(manifest.get("step")) is not int or not 0 <= manifest["step"] < _MOST_STEPS:
+        return "step is no number of steps"
+    if not isinstance(files, dict) or not all(_is_inside(name) and type(size) is int for name, size in files.items()):
+        return "files does not hold the size of each file"
+    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+        return "sha256 does not hold the hash of each file"
+    if not isinstance(manifest.get("config", {}), dict):
+        return "config is no config"
+    data = manifest.get("data", {})
+    if not isinstance(data, dict) or not all(type(count) is int for count in data.values()):
+        return "data does not hold counts"
+    return None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name from a manifest stays in the folder."""
+    parts = Path(name).parts
+    return bool(parts) and "\0" not in name and not name.startswith("/") and ".." not in parts
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _is_hashed(file: Path) -> bool:

@@ -5,14 +5,16 @@ in. A file that says something else is refused, so that nothing is trained other
 """
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from fastft.config import recipes, schema
-from fastft.errors import ConfigError
+from fastft.convert.json_file import read_object
+from fastft.errors import CheckpointError, ConfigError
 
 FOLDER = recipes.FOLDER / "deepspeed"
+
+_MAX_BYTES = 1_000_000
 
 # What the config decides. DeepSpeed's names, and whose value they carry.
 _DECIDED = {
@@ -38,15 +40,13 @@ def read(wanted: str) -> dict[str, Any]:
     is_bundled = "/" not in wanted and bundled.is_file()
     path = bundled if is_bundled else Path(wanted).expanduser()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as cause:
-        raise ConfigError(
-            f"distributed.deepspeed: {wanted} is neither a file nor one of {', '.join(names())}"
-        ) from cause
-    except ValueError as cause:
-        raise ConfigError(f"distributed.deepspeed: {path}: this is no JSON: {cause}") from cause
-    if not isinstance(found, dict):
-        raise ConfigError(f"distributed.deepspeed: {path}: the file must hold a JSON object")
+        if not path.exists():
+            raise ConfigError(f"distributed.deepspeed: {wanted} is neither a file nor one of {', '.join(names())}")
+        found = read_object(path, _MAX_BYTES)
+    except OSError as cause:  # FileError is one
+        raise ConfigError(f"distributed.deepspeed: {wanted} cannot be read: {cause}") from cause
+    except CheckpointError as cause:
+        raise ConfigError(f"distributed.deepspeed: {cause}") from cause
     for key, ours in _DECIDED.items():
         if found.get(key, "auto") != "auto":
             raise ConfigError(
@@ -55,6 +55,8 @@ def read(wanted: str) -> dict[str, Any]:
     zero = found.get("zero_optimization")
     if zero is not None and not isinstance(zero, dict):
         raise ConfigError(f"distributed.deepspeed: {path}: zero_optimization must be a JSON object")
+    if _stage(found) not in (0, 1, 2, 3):
+        raise ConfigError(f"distributed.deepspeed: {path}: zero_optimization.stage must be 0, 1, 2 or 3")
     if _stage(found) == 3 and (zero or {}).get("stage3_gather_16bit_weights_on_model_save") is not True:
         raise ConfigError(
             f"distributed.deepspeed: {path}: stage 3 needs zero_optimization.stage3_gather_16bit_weights_on_model_save: "
@@ -97,4 +99,6 @@ def settings(config: schema.Config) -> dict[str, Any]:
 
 
 def _stage(found: dict[str, Any]) -> int:
-    return int((found.get("zero_optimization") or {}).get("stage", 0))
+    """The stage in the file; -1 for what is no integer."""
+    stage = (found.get("zero_optimization") or {}).get("stage", 0)
+    return stage if type(stage) is int else -1

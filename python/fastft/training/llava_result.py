@@ -17,7 +17,7 @@ from typing import Any
 
 from fastft.config import schema
 from fastft.convert import llava as parts
-from fastft.model import llava
+from fastft.model import llava, lora_start
 from fastft.model.load import Loaded
 from fastft.training import record
 
@@ -48,6 +48,7 @@ def write(
     assert config.vision is not None
     learn = config.vision.learn
     state = _trained_state(loaded.model, weights)
+    state = lora_start.doubled(state, loaded.model) if lora_start.changed_base(loaded.model) else state
     projector = {
         f"{ours}.{kind}": state[f"{_PROJECTOR}{theirs}.{kind}"]
         for ours, theirs in parts.PROJECTOR_LAYERS.items()
@@ -66,6 +67,8 @@ def write(
         record.write(place, about)
     elif learn.llm == "method":
         _write_language_model(loaded, folder, state)
+    if learn.tower_lora is not None and not config.method.has_adapter:
+        state = _adapters_of(loaded.model, state)
     tower = {name.removeprefix(_TOWER): tensor for name, tensor in state.items() if name.startswith(_TOWER)}
     if learn.tower_lora is not None:
         assert config.vision.tower is not None
@@ -104,6 +107,14 @@ def _trained_state(model: Any, weights: Mapping[str, Any] | None) -> dict[str, A
     return dict(model.state_dict() if weights is None else weights)
 
 
+def _adapters_of(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapters in a model that is trained whole beside them, by the names that peft saves."""
+    from peft import get_peft_model_state_dict
+
+    named: dict[str, Any] = get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
+    return named
+
+
 def _write_adapter(
     place: Path,
     tensors: Mapping[str, Any],
@@ -135,6 +146,8 @@ def _write_adapter(
         "target_modules": sorted(targets),
         "task_type": task_type,
     }
+    if lora_start.changed_base(loaded.model):
+        settings |= lora_start.plain_settings(settings)
     text = json.dumps({key: _as_json(value) for key, value in settings.items()}, indent=2, sort_keys=True)
     (place / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -192,6 +192,13 @@ class PreferenceTrainer(FastftTrainer):
         if not path.is_file():
             raise TrainingError(f"--resume {folder}: {FILE_NAME} is missing")
         found = load_file(path)
+        shapes = {"train": (len(self.rows), 2), "eval": (len(self.eval_rows or ()), 2), "measured": (3,)}
+        expected = (*(part for part in ("train", "eval") if part in found), "measured")
+        if {*found} != {*expected} or any(tuple(found[part].shape) != shapes[part] for part in found):
+            held = ", ".join(f"{part} {tuple(value.shape)}" for part, value in found.items())
+            raise TrainingError(f"--resume {folder}: {FILE_NAME} is not that of this run: it holds {held}")
+        if self._reference_moves() and "train" not in found:
+            raise TrainingError(f"--resume {folder}: {FILE_NAME} holds no reference")
         self.measured = found.pop("measured")
         self.references = found
         if "train" in found and bool(found["train"][list(self._needed_rows())].isnan().any()):

@@ -5,15 +5,19 @@ the position in the data (rows, batch, seed, model, method) must not have change
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastft import console
 from fastft.config import schema
-from fastft.errors import ConfigError, TrainingError
-from fastft.training import checkpoint
+from fastft.convert.folder import INDEX, SINGLE, read_safetensors, read_weights
+from fastft.convert.json_file import read_object
+from fastft.errors import CheckpointError, ConfigError, FileError, TrainingError
+from fastft.training import checkpoint, progress, state
 from fastft.training.checkpoint import Checkpoint
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # A change here means other rows, other batches or other weights: the checkpoint's numbers mean nothing then.
 _FIXED = (
     *("task", "model.", "method.", "data.", "preference."),
@@ -41,22 +45,56 @@ def choose(run_dir: Path, wanted: str) -> Checkpoint | None:
         TrainingError: the path is no whole checkpoint, or every checkpoint of the run is broken.
     """
     if wanted != "auto":
-        found = checkpoint.examine(Path(wanted), with_hashes=True)
+        found = _read_through(Path(wanted))
         if found.fault is not None:
             raise TrainingError(f"--resume {wanted}: this is no whole checkpoint: {found.fault}")
         return found
-    all_found = checkpoint.find(run_dir)
-    for seen in all_found:
-        found = checkpoint.examine(seen.path, with_hashes=True)
+    newest = None
+    for seen in checkpoint.find(run_dir):
+        found = _read_through(seen.path)
         if found.fault is None:
             return found
         console.warn(f"{found.path.name} is skipped: {found.fault}")
-    if all_found:
+        newest = newest or found
+    if newest is not None:
         raise TrainingError(
-            f"--resume auto: no checkpoint in {run_dir} is whole; start anew with another --work-dir, or remove the folder"
+            f"--resume auto: no checkpoint in {run_dir} is whole (the newest, {newest.path.name}: {newest.fault}); start "
+            "anew with another --work-dir, or remove the folder"
         )
     console.note(f"--resume auto: no checkpoint in {run_dir} yet, the run starts at the beginning")
     return None
+
+
+def _read_through(path: Path) -> Checkpoint:
+    """A checkpoint, its files hashed and their headers read: what would be refused in the middle of loading has a fault."""
+    found = checkpoint.examine(path, with_hashes=True)
+    if found.fault is not None:
+        return found
+    try:
+        progress.read(path / progress.FILE_NAME, found.step)
+        state.check(path, found.step, found.record.get("data", {}).get("processes"))
+        _check_weights(path)
+    except (CheckpointError, FileError) as cause:
+        return replace(found, fault=str(cause).removeprefix(f"{path}/"))
+    return found
+
+
+def _check_weights(folder: Path) -> None:
+    """See that a checkpoint has weights, and no other files of weights than safetensors that have a whole header.
+
+    Raises:
+        CheckpointError, FileError: it is not so; a pickle is refused because transformers would read it instead.
+    """
+    if pickles := sorted(folder.rglob("*.bin")):
+        raise CheckpointError(f"{pickles[0]}: is a pickle, which no checkpoint of fastft holds")
+    for path in sorted(folder.glob("*.safetensors")):
+        read_safetensors(path)
+    if (folder / "config.json").exists():
+        read_object(folder / "config.json")
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        if not ((folder / SINGLE).exists() or (folder / INDEX).exists()):
+            raise FileError(f"{folder}: it holds no weights")
+        read_weights(folder)
 
 
 def flat(config: schema.Config) -> dict[str, Any]:

@@ -294,7 +294,15 @@ def _train(
     flatten = loaded.speed.attention == "flash_attention_2"
     learning = _learning(config, prepared, flatten=flatten)
     processor_files = _processor_files(config, prepared)
-    arguments = trainer.arguments(config, work_dir, steps, loaded.products, device.choose(), fast=loaded.speed)
+    arguments = trainer.arguments(
+        config,
+        work_dir,
+        steps,
+        loaded.products,
+        device.choose(),
+        fast=loaded.speed,
+        some_without_images=config.vision is None or not prepared.data.train.collection.all_have_images,
+    )
 
     def beside(place: Path) -> None:
         record.write(place, about)
@@ -493,6 +501,7 @@ def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
     """
     import torch
 
+    from fastft.model import vision
     from fastft.training import sharding
 
     dtype = model_load.checkpoint_dtype(loaded.base)
@@ -504,7 +513,11 @@ def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
             f"result: a weight is {largest:g}, too large for the base's {device.short_name(dtype)}; kept as fp32"
         )
         return
+    adapters = {name: p.detach().clone() for name, p in loaded.model.named_parameters() if vision.is_adapter(name)}
     loaded.model.to(dtype)
+    for name, parameter in loaded.model.named_parameters():
+        if name in adapters:  # fp32, as every adapter
+            parameter.data = adapters[name]
     console.note(f"result: written in {device.short_name(dtype)}, as the base is; the last checkpoint holds fp32")
 
 

@@ -98,7 +98,7 @@ def load_weights(
 
     places = names(_weights(model))
     seen, unexpected = set(), []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted({*folder.glob("*model*.safetensors")}):  # beside them lie the reference and the adapter's start
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no dict
                 if name in places:
@@ -189,6 +189,13 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor; all of one that is not sharded."""
+    from torch.distributed.tensor import DTensor
+
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _weights(model: Any) -> Full:

@@ -1,7 +1,7 @@
 """transformers' Trainer, narrowed to what fastft needs and made exact.
 
 Ours: the order of rows, token-weighted eval loss that draws no random number, a stop at the first loss that is not
-finite, checkpoints that are whole or absent, no pickle of arguments. The loop, gradient accumulation, optimizer,
+finite, checkpoints that are whole or absent and hold no pickle. The loop, gradient accumulation, optimizer,
 schedule and the multi-process side are the Trainer's.
 """
 
@@ -18,10 +18,11 @@ from transformers import Trainer, TrainingArguments
 from fastft import console
 from fastft.config import schema
 from fastft.errors import TrainingError
-from fastft.model import adapter, memory, speed, vision
-from fastft.training import checkpoint, deepspeed, groups, loss, sharding
+from fastft.model import adapter, folder_check, memory, speed, vision
+from fastft.training import checkpoint, deepspeed, groups, loss, sharding, state
 from fastft.training.batches import EpochBatches, EpochLoader
 from fastft.training.host_checkpoints import HostCheckpoints
+from fastft.training.resume import ADAPTER_WEIGHTS
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -42,6 +43,7 @@ def arguments(
     on: torch.device,
     *,
     fast: speed.Speed | None = None,
+    some_without_images: bool = True,
 ) -> Any:
     """TrainingArguments for a config; the names of today's transformers meet ours only here.
 
@@ -52,6 +54,7 @@ def arguments(
         products: from `load.Loaded`.
         on: where the training runs.
         fast: what is used to be faster; None: torch's defaults.
+        some_without_images: whether a batch may be text alone, so that a projector and a tower get no gradient.
     """
     train = config.train
     if on.type == "cpu" and train.optimizer == "paged_adamw_8bit":
@@ -91,19 +94,16 @@ def arguments(
         dataloader_pin_memory=on.type in {"cuda", "xpu"},
         remove_unused_columns=False,
         label_names=["labels"],
-        # A batch of text alone leaves a projector and a tower out.
-        ddp_find_unused_parameters=config.vision is not None and vision.trains_vision(config.vision.learn),
+        # Costs a walk through the graph in each step, and torch warns where it finds nothing.
+        ddp_find_unused_parameters=some_without_images
+        and config.vision is not None
+        and vision.trains_vision(config.vision.learn),
         deepspeed=deepspeed.settings(config) if config.distributed.deepspeed is not None else None,
     )
     if made.n_gpu > 1:
         console.note(f"{made.n_gpu} GPUs are here and one is used; NPROC_PER_NODE={made.n_gpu} uses all")
         made._n_gpu = 1  # noqa: SLF001 - the only way to keep Trainer from nn.DataParallel
     return made
-
-
-def state_name(rank: int, processes: int) -> str:
-    """The file of a process's own state in a checkpoint."""
-    return "rng_state.pth" if processes == 1 else f"rng_state_{rank}.pth"
 
 
 def shares_weights(config: schema.Config) -> bool:
@@ -282,12 +282,8 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
             optimizer = sharding.gathered_optimizer(self.optimizer) if self.config.distributed.fsdp else None
 
             def fill(folder: Path) -> None:
-                if optimizer is None:
-                    self._save_optimizer_and_scheduler(str(folder))
-                else:
-                    torch.save(optimizer, folder / "optimizer.pt")
-                    torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
-                self._fill(folder, states, weights)
+                parts = {"optimizer": optimizer or self.optimizer.state_dict()}
+                self._fill(folder, {**parts, "scheduler": self.lr_scheduler.state_dict(), "processes": states}, weights)
 
             if self.args.should_save:
                 checkpoint.save(run_dir, step, fill, self.record)
@@ -309,7 +305,7 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         def fill(folder: Path) -> None:
             if self.args.world_size > 1:
                 torch.distributed.broadcast_object_list([str(folder)])
-            self._fill(folder, states, write_part(str(folder)))
+            self._fill(folder, {"processes": states}, write_part(str(folder)))
 
         if self.args.should_save:
             checkpoint.save(run_dir, step, fill, self.record)
@@ -327,11 +323,10 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
             return weights if self.args.should_save else None
         return None
 
-    def _fill(self, folder: Path, states: Sequence[Any], weights: Mapping[str, torch.Tensor] | None) -> None:
+    def _fill(self, folder: Path, states: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None) -> None:
         save_model(self.model, self.tokenizer, folder, weights, own_names=True)
-        self._save_scaler(str(folder))
-        for rank, state in enumerate(states):
-            torch.save(state, folder / state_name(rank, len(states)))
+        scaler = getattr(self.accelerator, "scaler", None)
+        state.write(folder, {**states, "scaler": scaler.state_dict()} if scaler is not None else states)
         self.state.save_to_json(str(folder / "trainer_state.json"))
         self.extra_files(folder)
 
@@ -364,11 +359,14 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
 
     def _own_state(self, folder: Path) -> dict[str, Any]:
         """This process's part of `_states` in a checkpoint."""
-        path = folder / state_name(self.args.process_index, self.args.world_size)
-        if not path.is_file():
-            raise TrainingError(f"--resume {folder}: {path.name} is missing; was it made by so many processes?")
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        return state
+        found = state.read(folder, "processes")
+        if len(found) != self.args.world_size:
+            raise TrainingError(
+                f"--resume {folder}: the checkpoint holds the random numbers of {len(found)} processes, not of "
+                f"{self.args.world_size}"
+            )
+        own: dict[str, Any] = found[self.args.process_index]
+        return own
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         import random
@@ -377,14 +375,20 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
 
         if checkpoint is None:  # called before the first step of a session
             return
-        state = self._own_state(Path(checkpoint))
-        self._tr_loss = torch.tensor(state["loss_sum"], device=self.args.device)
-        self._globalstep_last_logged: int = state["logged"]
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])  # noqa: NPY002
-        torch.random.set_rng_state(state["cpu"])
-        if "device" in state:
-            torch.get_device_module(self.args.device).set_rng_state(state["device"], self.args.device)
+        own = self._own_state(Path(checkpoint))
+        try:
+            self._tr_loss = torch.tensor(float(own["loss_sum"]), device=self.args.device)
+            self._globalstep_last_logged: int = int(own["logged"])
+            random.setstate(own["python"])
+            np.random.set_state(own["numpy"])  # noqa: NPY002
+            torch.random.set_rng_state(own["cpu"])
+            if self.args.device.type != "cpu":
+                torch.get_device_module(self.args.device).set_rng_state(own["device"], self.args.device)
+        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as cause:
+            raise TrainingError(
+                f"--resume {checkpoint}: the random numbers of process {self.args.process_index} cannot be set: "
+                f"{type(cause).__name__}: {cause}"
+            ) from cause
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights stand in a file once; anything else that is missing would be lost in silence."""
@@ -393,22 +397,64 @@ class FastftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped f
         if lost:
             raise TrainingError(f"--resume: the checkpoint's weights do not fit the model: {', '.join(lost[:5])}")
 
+    def train(self, resume_from_checkpoint: str | None = None, **settings: Any) -> Any:
+        """As Trainer's; `resume_from_checkpoint` is a folder that `resume.choose` has looked through."""
+        if resume_from_checkpoint is not None and state.is_old(Path(resume_from_checkpoint)):
+            console.note(
+                f"{Path(resume_from_checkpoint).name}: its states are pickles of an earlier version; they are read as data, "
+                "and nothing in them is run"
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
+
+    def _load_callback_state(self) -> None:
+        """As Trainer's; of the intervals in a checkpoint and those of the config the latter count."""
+        super()._load_callback_state()
+        self.state.compute_steps(self.args, self.args.max_steps)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.config.distributed.fsdp:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        lacks, unknown = sharding.load_weights(
-            self.model, Path(resume_from_checkpoint), lambda weights: names_in_files(self.model, weights)
-        )
+        folder = Path(resume_from_checkpoint)
+        if self.config.distributed.fsdp:
+            self._load_shared_weights(folder)
+        else:
+            with folder_check.library_errors(f"--resume {folder}: the weights do not fit the model"):
+                if hasattr(self.model, "get_base_model"):
+                    check_adapter(self.model, folder)
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad and not bool(torch.isfinite(sharding.local(weight)).all()):
+                raise TrainingError(f"--resume {folder}: the weight {name} holds a number that is not finite")
+
+    def _load_shared_weights(self, folder: Path) -> None:
+        lacks, unknown = sharding.load_weights(self.model, folder, lambda weights: names_in_files(self.model, weights))
         self._issue_warnings_after_load(SimpleNamespace(missing_keys=lacks, unexpected_keys=unknown))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.config.distributed.fsdp:
+        if checkpoint is None or self.config.distributed.deepspeed is not None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
-        sharding.load_optimizer(self.optimizer, torch.load(folder / "optimizer.pt", weights_only=True))
-        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        found = state.fitting_optimizer(state.read(folder, "optimizer"), self.optimizer, f"--resume {folder}")
+        if self.config.distributed.fsdp:
+            sharding.load_optimizer(self.optimizer, found)
+        else:
+            self.optimizer.load_state_dict(found)
+        scheduler = state.read(folder, "scheduler")
+        self.lr_scheduler.load_state_dict(
+            state.fitting(
+                scheduler, self.lr_scheduler.state_dict(), ("last_epoch",), f"--resume {folder}: the schedule"
+            )
+        )
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if checkpoint is None or scaler is None:
+            return
+        found = state.read(Path(checkpoint), "scaler")
+        if found is not None:
+            wanted = scaler.state_dict()
+            scaler.load_state_dict(
+                state.fitting(found, wanted, tuple(wanted), f"--resume {checkpoint}: the loss scaler")
+            )
 
 
 def _forget_frozen_embeddings() -> None:
@@ -433,6 +479,29 @@ def names_in_files(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, to
 
     named: dict[str, torch.Tensor] = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     return named
+
+
+def check_adapter(model: Any, folder: Path) -> None:
+    """See that the adapter in a checkpoint is that of a PeftModel, tensor by tensor; only its header is read.
+
+    Raises:
+        TrainingError: a tensor is missing, or there is one more, or one has another shape.
+    """
+    from peft import get_peft_model_state_dict
+
+    from fastft.convert.folder import read_safetensors
+
+    found = {name: tuple(source.shape) for name, source in read_safetensors(folder / ADAPTER_WEIGHTS).items()}
+    wanted = {
+        name: tuple(value.shape)
+        for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            there, here = (f"{shapes[name]}" if name in shapes else "nothing" for shapes in (found, wanted))
+            raise TrainingError(
+                f"--resume {folder}: the checkpoint's weights do not fit the model: {name} is {there} there and {here} here"
+            )
 
 
 def save_model(
