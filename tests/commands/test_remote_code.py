@@ -21,7 +21,7 @@ COMMANDS = {
     "plan": ["plan", "demo", "model.name=model"],
     "merge": ["convert", "merge", "model", "adapter", "out"],
     "quantize": ["convert", "quantize", "model", "out"],
-    "verify": ["convert", "verify", "model"],
+    "verify": ["convert", "verify", "model", "--base", "model", "--adapter", "adapter"],
     "split": ["convert", "split", "model", "out", "--max-shard-size", "1MB"],
     "pth_to_hf": ["convert", "pth_to_hf", "demo", "pytorch_model.bin", "out", "model.name=model"],
     "chat": ["chat", "model", "--prompt", "Who are you?", "--max-new-tokens", "2"],
