@@ -50,14 +50,6 @@ def quick() -> set[str]:
 
 
 QUICK = quick()
-# Mended together with the form of a checkpoint's state, on a branch of its own; goes when that is merged.
-NOT_YET = pytest.mark.xfail(reason="states of checkpoints are read with their new form", strict=False)
-
-
-def marks(name: str) -> list[pytest.MarkDecorator]:
-    """What holds for a case of this name."""
-    slow = [] if name in QUICK else [pytest.mark.slow]
-    return [*slow, NOT_YET] if name.startswith("resume_") else slow
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +75,7 @@ def survived(verdict: Verdict) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=name, marks=marks(name)) for name, case in CASES.items()],
+    [pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, case in CASES.items()],
 )
 def test_a_case(case: Case, root: Path, stock: tuple[Path, Commands]) -> None:
     seconds = SECONDS if case.code else SECONDS_OF_CONTROLS
