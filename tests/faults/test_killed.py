@@ -27,8 +27,9 @@ def kill_at_random(server: Forks, place: Place, num_kills: int) -> None:
     num_killed = num_staged = 0
     for number in range(num_kills):
         where = {} if number % 4 == 0 else {"watch": str(place.folder), "begun": "partial-"}
-        longest_s = total_s if number % 4 == 0 else total_s / 2
-        done = server.run(place.words(), after_s=dice.uniform(0, longest_s), **where)
+        # A small result is written in a moment: most of the kills come soon after the writing began.
+        after_s = total_s * (dice.random() if number % 4 == 0 else dice.random() ** 4 / 2)
+        done = server.run(place.words(), after_s=after_s, **where)
         assert done.code in (0, -signal.SIGKILL), done.err
         num_killed += done.code != 0
         num_staged += staging(place.folder) != []

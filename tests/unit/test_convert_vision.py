@@ -231,8 +231,14 @@ def test_a_wrong_key_is_refused(trained: Trained, tmp_path: Path, names: str) ->
     pair = {key, key.replace("lora_A", "lora_B")}
     wrong = {k.replace("q_proj", "query") if k in pair else k: tensor for k, tensor in tensors.items()}
     save_file(wrong, path)
+    with pytest.raises(CheckpointError, match=r"matrices for \S+query, but target_modules .* does not name it"):
+        merge.plan(trained.base("saved"), [(adapter, 1.0)])
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    named = settings | {"target_modules": [*settings["target_modules"], "query"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(named))
     with pytest.raises(PlanError, match=r"1 of its modules are not in the base(?s:.*)query"):
         merge.plan(trained.base("saved"), [(adapter, 1.0)])
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
     save_file({k: tensor for k, tensor in tensors.items() if k != key}, path)
     with pytest.raises(CheckpointError, match="has B only; A and B belong together"):
         merge.plan(trained.base("saved"), [(adapter, 1.0)])
@@ -248,9 +254,13 @@ def test_verify_sees_a_merge_that_left_a_part_out(trained: Trained, tmp_path: Pa
     text_only = tmp_path / "text only"
     shutil.copytree(trained.adapter("new"), text_only)
     path = text_only / "adapter_model.safetensors"
-    save_file({key: tensor for key, tensor in load_file(path).items() if "language_model" in key}, path)
+    kept = {key: tensor for key, tensor in load_file(path).items() if "language_model" in key}
+    save_file(kept, path)
     settings = json.loads((text_only / "adapter_config.json").read_text())
-    (text_only / "adapter_config.json").write_text(json.dumps(settings | {"modules_to_save": None}))
+    # An adapter that names what it lacks is refused; this one looks as if nothing else had been trained.
+    targets = [name for name in settings["target_modules"] if any(f".{name}.lora_A" in key for key in kept)]
+    changes = {"modules_to_save": None, "target_modules": targets}
+    (text_only / "adapter_config.json").write_text(json.dumps(settings | changes))
     base, merged = trained.base("version 5"), tmp_path / "merged"
     merge.execute(merge.plan(base, [(text_only, 1.0)]), merged)
     report = verify.verify(merged, base, [(trained.adapter("new"), 1.0)])

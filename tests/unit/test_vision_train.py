@@ -1,6 +1,7 @@
 """Vision-language models trained from a config: a tiny random one of each architecture, with drawn images."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,7 @@ def test_a_resumed_run_is_the_unbroken_one(models: dict[str, Path], tmp_path: Pa
     whole = run.run(config(), work_dir=tmp_path / "whole")
     run.run(config(), work_dir=tmp_path / "broken")
     for folder in (tmp_path / "broken" / "checkpoint-6", tmp_path / "broken" / "adapter"):
-        for file in sorted(folder.iterdir()):
-            file.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
     again = run.run(config(), work_dir=tmp_path / "broken", resume="auto")
     one, two = (load_file(result.artifact / "adapter_model.safetensors") for result in (whole, again))
     assert one.keys() == two.keys()

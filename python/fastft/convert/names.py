@@ -403,13 +403,16 @@ def _token_rows(adapter: Adapter, path: str, source: Source, shape: tuple[int, .
 def _check_every_target(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse an adapter without any matrices for a module that it names and the base has.
 
-    What is missing in some layers only is seen by `_check_complete`.
+    What is missing in some layers only is seen by `_check_complete`. A module that is saved whole (modules_to_save) has
+    no matrices, though PEFT's `all-linear` names what is in it.
     """
     targets, settings = adapter.config.get("target_modules"), adapter.config
     if not isinstance(targets, list) or settings.get("exclude_modules") or settings.get("target_parameters"):
         return
     for end in targets if adapter.low_rank else ():
         if any(f".{module}".endswith(f".{end}") for module in adapter.low_rank):
+            continue
+        if any(f".{name}".endswith(f".{end}.weight") for name in adapter.replaced):
             continue
         there = [name for name, shape in shapes.items() if len(shape) == 2 and f".{name}".endswith(f".{end}.weight")]
         if there:
