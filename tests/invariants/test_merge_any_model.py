@@ -297,7 +297,9 @@ def spoiled(tensors: dict[str, tuple[str, np.ndarray]], name: str, spoil: str, c
     elif spoil == "shape":
         tensors[name] = (dtype, np.zeros((*values.shape[:-1], values.shape[-1] + 1)))
     elif spoil == "overflow":
-        tensors[name] = ("F32", np.full(values.shape, 3e38))
+        # Both matrices: beside a small one a huge one may well stay finite.
+        for other in [key for key in tensors if f".{module}.lora_" in key or key == name]:
+            tensors[other] = ("F32", np.full(tensors[other][1].shape, 3e38))
     else:
         values = values.copy()
         values.flat[choice % values.size] = np.inf if spoil == "infinite" else np.nan

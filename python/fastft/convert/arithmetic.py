@@ -108,7 +108,9 @@ class Arithmetic:
         import numpy as np
 
         magnitude = np.abs(_floats(source, start, count))
-        magnitude += self._sum_of(deltas, start, magnitude.shape, magnitudes=True)
+        # Beside numbers near the largest the bound itself may be infinite; a result that is, has been refused before.
+        with np.errstate(over="ignore"):
+            magnitude += self._sum_of(deltas, start, magnitude.shape, magnitudes=True)
         return magnitude * np.float32((sum(delta.rank for delta in deltas) + 3) * _UNIT)
 
     def _sum_of(
