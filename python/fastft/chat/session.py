@@ -325,7 +325,8 @@ def read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model_class = vision.model_class() if vision.sees(base.config_json) else AutoModelForCausalLM
+    sees = vision.sees(base.config_json)
+    model_class = vision.model_class() if sees else AutoModelForCausalLM
     if any(str(name).endswith("ForSequenceClassification") for name in base.config_json.get("architectures") or ()):
         raise CheckpointError(f"model {base.folder}: a reward model gives an answer a number; it does not talk")
     base = model_load.without_pickles(base)
@@ -336,10 +337,10 @@ def read(base: model_load.Base, bits: int | None, dtype: str) -> Any:
     if dtype == "auto" and held == torch.float16 and on.type == "cpu":
         held = torch.float32
     place: dict[str, Any] = {"device_map": {"": str(on)}} if on.type != "cpu" or bits or stored_4bit else {}
-    if bits and stored_4bit is None:
-        skip = vision.unquantized(model_load.read_model_config(base)) if vision.sees(base.config_json) else None
-        place["quantization_config"] = quantization.settings(schema.Quantization(), on, skip)
     model_config = model_load.read_model_config(base)
+    if bits and stored_4bit is None:
+        skip = vision.unquantized(model_config) if sees else None
+        place["quantization_config"] = quantization.settings(schema.Quantization(), on, skip)
     device.share_cores(model_config, on)
     model = whole.read(model_class, base.weights_folder, config=model_config, dtype=held, **place)
     if bits or stored_4bit is not None:

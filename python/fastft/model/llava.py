@@ -15,7 +15,7 @@ from fastft.config import schema
 from fastft.convert import clip, llava
 from fastft.convert.json_file import read_object
 from fastft.errors import CheckpointError, ConfigError, PlanError
-from fastft.model import quiet, tokenizer
+from fastft.model import tokenizer, whole
 
 if TYPE_CHECKING:
     import torch
@@ -152,8 +152,8 @@ def tower_config(folder: Path) -> dict[str, Any]:
     from transformers import CLIPVisionConfig
 
     # Old files leave out what is as usual.
-    whole: dict[str, Any] = CLIPVisionConfig(**found).to_dict()
-    return {**whole, **found}
+    completed: dict[str, Any] = CLIPVisionConfig(**found).to_dict()
+    return {**completed, **found}
 
 
 def with_image_token(words: Any) -> int:
@@ -305,16 +305,8 @@ def read_tower(folder: Path, dtype: "torch.dtype", attention: str | None = None)
 
     tower_config(folder)
     folder = layout.without_pickles(folder)
-    said = {} if attention is None else {"attn_implementation": attention}
-    try:
-        with quiet.without_report_of(CLIPVisionModel, _NOT_OF_THE_TOWER):
-            tower, found = CLIPVisionModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **said)
-    except (OSError, ValueError, KeyError, RuntimeError) as cause:
-        raise CheckpointError(f"vision.tower {folder}: cannot be read: {str(cause).splitlines()[0]}") from cause
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise CheckpointError(f"vision.tower {folder}: {len(missing)} weights are not in it, for example {missing[0]}")
-    return tower
+    said: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    return whole.read(CLIPVisionModel, folder, what="vision.tower", dropped=_NOT_OF_THE_TOWER, dtype=dtype, **said)
 
 
 def projector_tensors(model: Any) -> "dict[str, torch.Tensor]":

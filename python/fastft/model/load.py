@@ -249,9 +249,9 @@ def checkpoint_dtype(base: Base) -> Any:
     return torch.float32
 
 
-def weights_kind(kind: str) -> Literal["full", "lora", "qlora"]:
+def weights_kind(kind: Literal["full", "freeze", "lora", "qlora"]) -> Literal["full", "lora", "qlora"]:
     """The method whose rules of dtypes hold: what is true with full is true with freeze."""
-    return "lora" if kind == "lora" else "qlora" if kind == "qlora" else "full"
+    return "full" if kind == "freeze" else kind
 
 
 def model_class(task: schema.Task) -> Any:
@@ -277,7 +277,9 @@ def _read(
     settings: Mapping[str, Any],
     places: Mapping[str, str],
 ) -> Any:
-    place = {"device_map": dict(places)} if "quantization_config" in settings or places[""] != "cpu" else {}
+    place: dict[str, Any] = (
+        {"device_map": dict(places)} if "quantization_config" in settings or places[""] != "cpu" else {}
+    )
     several = len(places) > 1
     if several:
         quantization.allow_parts_in_ram(settings.get("quantization_config"), model_config)
@@ -287,7 +289,7 @@ def _read(
             as_class,
             base.weights_folder,
             drawn=("score.weight",) if is_classifier else (),
-            dropped=("lm_head.weight",) if is_classifier else (),
+            dropped=(r"^lm_head\.weight$",) if is_classifier else (),
             config=model_config,
             dtype=dtype,
             **place,

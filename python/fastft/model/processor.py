@@ -11,6 +11,7 @@ from typing import Any
 from fastft.config import schema
 from fastft.convert.json_file import read_object
 from fastft.errors import CheckpointError, ConfigError
+from fastft.model import folder_check
 
 # What a processor is made of in a model's folder; they go with an adapter.
 FILES = (
@@ -36,12 +37,9 @@ def load(folder: Path, vision: schema.Vision | None = None, *, model_type: str) 
     """
     from transformers import AutoProcessor
 
-    try:
+    with folder_check.library_errors(f"model {folder}: its processor cannot be read"):
         kind = _class_of(folder, model_type)
         processor = (kind or AutoProcessor).from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as cause:
-        first = (str(cause) or type(cause).__name__).strip().splitlines()[0]
-        raise CheckpointError(f"model {folder}: its processor cannot be read: {first}") from cause
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise CheckpointError(
             f"model {folder}: it has no processor for images (preprocessor_config.json is missing); take it from the "

@@ -9,8 +9,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 # Said when a CPU could use kernels from a package that is not installed; import-time, no action for our user
@@ -59,19 +57,3 @@ def hide_loading_bars() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-
-
-@contextmanager
-def without_report_of(model_class: Any, patterns: Sequence[str]) -> Iterator[None]:
-    """Let transformers read a part of a checkpoint without listing, as unexpected, what belongs to the other parts.
-
-    Args:
-        model_class: what is read.
-        patterns: regular expressions of the names that are left.
-    """
-    before = model_class._keys_to_ignore_on_load_unexpected  # noqa: SLF001 - there is no public way
-    model_class._keys_to_ignore_on_load_unexpected = [*(before or ()), *patterns]  # noqa: SLF001
-    try:
-        yield
-    finally:
-        model_class._keys_to_ignore_on_load_unexpected = before  # noqa: SLF001

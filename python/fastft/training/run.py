@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastft import console, publish, stop
 from fastft.config import schema, show
 from fastft.errors import DataError, FileError, TrainingError
-from fastft.model import device, lora_start, quiet, tokenizer
+from fastft.model import adapter, device, lora_start, quiet, tokenizer
 from fastft.model import load as model_load
 from fastft.training import folder, launch, resume, words
 from fastft.training.checkpoint import Checkpoint
@@ -480,7 +480,7 @@ def _write_result(
     from fastft.training import llava_result, record, trainer
 
     try:
-        num_bytes = _trained_weights(loaded.model) * _RESULT_BYTES
+        num_bytes = adapter.count_weights(loaded.model)[0] * _RESULT_BYTES
         with publish.staged(artifact, force=True, num_bytes=num_bytes) as staging:
             if artifact.name == llava_result.NAME:
                 llava_result.write(config, loaded, staging, about, weights)
@@ -522,11 +522,7 @@ def _in_dtype_of_base(loaded: model_load.Loaded) -> None:
 
 
 def _require_space(work_dir: Path, model: Any, config: schema.Config) -> None:
-    folder.require_space(work_dir, _trained_weights(model) * _STATE_BYTES, config.output.keep)
-
-
-def _trained_weights(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    folder.require_space(work_dir, adapter.count_weights(model)[0] * _STATE_BYTES, config.output.keep)
 
 
 def _held(loaded: model_load.Loaded) -> str:
