@@ -5,11 +5,11 @@ Used for config.json, adapter_config.json and the index of a sharded checkpoint.
 
 import json
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastft import regular_file
 from fastft.errors import CheckpointError, FileError
 
 # An index of a very large model has some 20 MB and 200,000 entries; a tokenizer is never read here. Each value can
@@ -26,17 +26,16 @@ def read_regular_file(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
         CheckpointError: it is longer than `max_bytes`.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        opened = regular_file.opened(path)
+    except FileError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else error
         raise FileError(f"{path}: cannot be read: {reason}") from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise FileError(f"{path}: not a regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > max_bytes:
-            raise CheckpointError(f"{path}: {status.st_size} bytes are too many; at most {max_bytes} are read")
+    with opened as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > max_bytes:
+            raise CheckpointError(f"{path}: {num_bytes} bytes are too many; at most {max_bytes} are read")
         return file.read(max_bytes)
 
 

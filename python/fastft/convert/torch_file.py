@@ -9,7 +9,6 @@ Source: torch/serialization.py (the formats and the persistent ids), torch/_util
 
 import io
 import os
-import stat
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastft import regular_file
 from fastft.convert import pickle_data
 from fastft.convert.pickle_data import Call, Global, Persistent
 from fastft.convert.source import DTYPE_BYTES, Source
@@ -214,14 +214,10 @@ class _Range(io.RawIOBase):
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open a regular file; a FIFO or a device is refused instead of waited for."""
+    """Open a regular file that is there."""
     if not path.exists():
         raise FileError(f"{path}: not there")
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FileError(f"{path}: not a regular file")
-    return os.fdopen(descriptor, "rb")
+    return regular_file.opened(path)
 
 
 def _read_zip(path: Path, file: BinaryIO, start: int, size: int) -> TorchFile:

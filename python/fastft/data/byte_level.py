@@ -32,7 +32,6 @@ BLOCK = 4096  # code points whose classes are learned together
 CLASSES = ((1, r"\p{L}"), (2, r"\p{N}"), (3, r"\s"))
 # Rows of each batch that go both roads.
 COMPARED_ROWS = 4
-LONGEST_SHAPE = 2**16 - 1
 
 Span = tuple[int, int]
 
@@ -104,11 +103,11 @@ def of(tokenizer: Any) -> ByteLevel | None:
     if os.environ.get("FASTFT_BYTE_LEVEL", "").strip().lower() == "off":
         return None
     backend = tokenizer.backend_tokenizer
-    words = sentence_pieces.core_of(backend)
+    normalizer = _described(backend.normalizer)
+    words = sentence_pieces.core_of(backend, normalizer)
     if words is not None:
         return ByteLevel(backend, words, sentence_pieces.spelled, has_nfc=False)
     pattern = _pattern(_described(backend.pre_tokenizer))
-    normalizer = _described(backend.normalizer)
     trims = _trims(_described(backend.post_processor))
     added = sorted(backend.get_added_tokens_decoder().items())
     if (
@@ -221,7 +220,7 @@ def _shapes(vocabulary: dict[str, int], added: Sequence[tuple[str, int]], *, tri
         num_bytes = len(content.encode())
         lead, trail = num_bytes - len(content.lstrip().encode()), num_bytes - len(content.rstrip().encode())
         shapes[number] = (num_bytes, lead, trail) if trims else (num_bytes, 0, 0)
-    return shapes.astype("<u2").tobytes() if shapes.max(initial=0) <= LONGEST_SHAPE else None
+    return sentence_pieces.as_bytes(shapes)
 
 
 @cache

@@ -11,7 +11,6 @@ import functools
 import io
 import os
 import re
-import stat
 import struct
 import threading
 import warnings
@@ -21,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastft import regular_file
 from fastft.data.dialogue import ImageRef, Where
-from fastft.errors import DataError
+from fastft.errors import DataError, FileError
 
 # Bytes of an image file; larger ones are refused before they are read.
 MAX_FILE_BYTES = 1 << 30
@@ -236,20 +236,19 @@ def _stream(ref: ImageRef) -> io.BytesIO:
     assert ref.path is not None
     name = shown(ref.name)
     try:
-        # O_NONBLOCK: a FIFO would keep the run waiting for ever; what was opened is what is asked.
-        descriptor = os.open(ref.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        opened = regular_file.opened(ref.path)
+    except FileError as error:
+        kind = "a folder" if Path(ref.path).is_dir() else "no regular file"
+        raise BadImageError(f"image {name}: {kind}") from error
+    except FileNotFoundError as error:
+        raise BadImageError(f"image {name}: no such file ({shown(ref.path)})") from error
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise BadImageError(f"image {name}: no such file ({shown(ref.path)})") from error
         raise BadImageError(f"image {name}: cannot be read ({error.strerror or error})") from error
-    state = os.fstat(descriptor)
-    if not stat.S_ISREG(state.st_mode):
-        os.close(descriptor)
-        raise BadImageError(f"image {name}: {'a folder' if stat.S_ISDIR(state.st_mode) else 'no regular file'}")
-    with os.fdopen(descriptor, "rb") as file:
-        if state.st_size > MAX_FILE_BYTES:
-            raise BadImageError(f"image {name}: a file of {state.st_size:,} bytes is too large for an image")
-        if not state.st_size:
+    with opened as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > MAX_FILE_BYTES:
+            raise BadImageError(f"image {name}: a file of {num_bytes:,} bytes is too large for an image")
+        if not num_bytes:
             raise BadImageError(f"image {name}: the file is empty")
         return io.BytesIO(file.read())
 

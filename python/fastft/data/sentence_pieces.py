@@ -5,7 +5,6 @@ another character, so no merge reaches over most blanks: cut there, each piece h
 Which characters may stand before a blank inside a token is read off the vocabulary.
 """
 
-import json
 import re
 from typing import Any
 
@@ -24,12 +23,17 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _LONGEST_SHAPE = 2**16 - 1
 
 
-def core_of(backend: Any) -> "_native.ByteLevel | None":
-    """The Rust core of such a tokenizer; None: it is of another kind, or has an option whose pieces are not its own."""
+def core_of(backend: Any, normalizer: Any) -> "_native.ByteLevel | None":
+    """The Rust core of such a tokenizer; None: it is of another kind, or has an option whose pieces are not its own.
+
+    Args:
+        backend: of the tokenizers library.
+        normalizer: what its normalizer says of itself, None for none.
+    """
     from tokenizers.models import BPE
 
     model = backend.model
-    prepends = _prepends(None if backend.normalizer is None else json.loads(backend.normalizer.__getstate__()))
+    prepends = _prepends(normalizer)
     added = sorted(backend.get_added_tokens_decoder().items())
     if (
         not isinstance(model, BPE)
@@ -77,4 +81,9 @@ def _shapes(vocabulary: "dict[str, int]", added: "list[tuple[str, int]]") -> byt
         shapes[number, 0] = 1 if _BYTE.fullmatch(token) else len(token.replace(BLANK, " ").encode())
     for content, number in added:
         shapes[number, 0] = len(content.encode())
+    return as_bytes(shapes)
+
+
+def as_bytes(shapes: "np.typing.NDArray[np.int64]") -> bytes | None:
+    """Shapes [tokens, 3] as the core takes them; None if one is too long for it."""
     return shapes.astype("<u2").tobytes() if shapes.max(initial=0) <= _LONGEST_SHAPE else None

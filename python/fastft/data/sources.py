@@ -11,15 +11,14 @@ import csv
 import gzip
 import io
 import json
-import os
 import re
-import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastft import regular_file
 from fastft.data.dialogue import Where
 from fastft.errors import DataError, FileError, HubError
 
@@ -172,10 +171,7 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     Raises:
         FileError: it is no regular file.
     """
-    plain = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(plain.fileno()).st_mode):
-        plain.close()
-        raise FileError(f"data {path}: not a regular file")
+    plain = regular_file.opened(path, f"data {path}")
     return _Unpacked(plain) if path.suffix.lower() == ".gz" else plain
 
 
