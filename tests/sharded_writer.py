@@ -3,34 +3,17 @@
 Beside them lies what is in them, gathered by torch.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import tiny_llama
+import two_processes
 
 
 def run_all(folder: Path) -> None:
     """Write every case into its own folder below `folder`, with two processes."""
-    processes = []
-    for rank in range(2):
-        environ = {
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29673",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        words = [sys.executable, __file__, str(folder)]
-        processes.append(
-            subprocess.Popen(words, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        )
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    two_processes.run_script(__file__, folder, OMP_NUM_THREADS="1")
 
 
 def _main(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A tiny random Llama with its own tokenizer, and a run's config around it, for tests of training and chat."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ def config(model: Path, data: Path, *, task: str = "sft", kind: str = "lora", **
         "train": {"max_steps": 6, "batch_size": 2, "grad_accumulation": 1, "lr": 0.01, "log_steps": 1},
         "output": {"save_steps": None},
     }
+    return changed(plain, changes)
+
+
+def changed(plain: dict[str, Any], changes: Mapping[str, Any]) -> Config:
+    """A config with some values changed: dotted keys with a double underscore."""
     for key, value in changes.items():
         *sections, last = key.split("__")
         place = plain

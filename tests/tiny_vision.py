@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny_run
 from fastft.config.schema import Config
 
 KINDS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3")
@@ -380,10 +381,4 @@ def config(model: Path, data: Path, *, kind: str = "lora", **changes: Any) -> Co
         "train": {"max_steps": 4, "batch_size": 2, "grad_accumulation": 1, "lr": 0.01, "log_steps": 1},
         "output": {"save_steps": None},
     }
-    for key, value in changes.items():
-        *sections, last = key.split("__")
-        place = plain
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return Config.model_validate(plain)
+    return tiny_run.changed(plain, changes)

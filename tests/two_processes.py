@@ -23,14 +23,19 @@ def job(config: Config, work_dir: Path, *, resume: str | None = None, die_at: in
 def run_all(jobs: list[dict[str, Any]], folder: Path) -> list[str]:
     """Make the runs with two processes on the CPU; what each process said."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
+    return run_script(__file__, folder / "jobs.json")
+
+
+def run_script(script: str, argument: Path, *, timeout_s: int = 300, **environment: str) -> list[str]:
+    """Run a script in two processes that find each other, on the CPU; what each process said."""
     python = Path(launch.__file__).parents[2]
-    environ = {**os.environ, "PYTHONPATH": str(python), "CUDA_VISIBLE_DEVICES": ""}
-    words = [sys.executable, __file__, str(folder / "jobs.json")]
+    environ = {**os.environ, "PYTHONPATH": str(python), "CUDA_VISIBLE_DEVICES": "", **environment}
+    words = [sys.executable, script, str(argument)]
     processes = [
         subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for env in launch.environments(launch.Start(nproc_per_node=2), environ)
     ]
-    said = [process.communicate(timeout=300)[1] for process in processes]
+    said = [process.communicate(timeout=timeout_s)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     return said
 

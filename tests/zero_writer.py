@@ -5,10 +5,11 @@ Beside each checkpoint lies what is in it, as DeepSpeed's own tool and the model
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import two_processes
 
 # name: stage, tied embeddings, frozen weights, groups of the optimizer
 CASES: dict[str, dict[str, Any]] = {
@@ -23,26 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def run_all(folder: Path) -> None:
     """Write every case into its own folder below `folder`, with two processes."""
-    processes = []
-    for rank in range(2):
-        environ = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29671",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja
-        }
-        words = [sys.executable, __file__, str(folder)]
-        processes.append(
-            subprocess.Popen(words, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        )
-    said = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
+    two_processes.run_script(__file__, folder, timeout_s=600, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PATH=path)
 
 
 def _main(folder: Path) -> None:

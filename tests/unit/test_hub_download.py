@@ -42,6 +42,18 @@ def environment(home, endpoint, **variables):
     }
 
 
+def run_code(home, endpoint, code):
+    """A program of our own, which has changed something before it calls the command."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(home, endpoint),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=home,
+    )
+
+
 def start(home, endpoint, *words, **variables):
     return subprocess.Popen(
         [sys.executable, "-m", "fastft", *words],
@@ -178,14 +190,7 @@ def test_a_disk_that_fails_at_the_end_costs_no_download(tmp_path, endpoint):
         "from fastft.__main__ import main\n"
         "sys.exit(main(['download', 'acme/safe', '--to', 'mine']))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(tmp_path, endpoint),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
+    done = run_code(tmp_path, endpoint, code)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith(f"error: cannot write {tmp_path}/.mine.download: Input/output error; ")
     assert [path.name for path in tmp_path.iterdir() if "mine" in path.name] == [".mine.download"]
@@ -317,14 +322,7 @@ def test_a_full_disk_is_said_before_the_first_byte(tmp_path, endpoint):
         "from fastft.__main__ import main\n"
         "sys.exit(main(['download', 'acme/large']))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(tmp_path, endpoint),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
+    done = run_code(tmp_path, endpoint, code)
     assert done.returncode == 1
     assert done.stderr.startswith("error: model acme/large: ")
     assert "1.00 MB are needed, 1,000 bytes are free" in done.stderr

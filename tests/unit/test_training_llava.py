@@ -90,6 +90,19 @@ def seen(model: Any, artifact: Path) -> Any:
         return model.eval()(**inputs).logits.float()
 
 
+def remembered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models of the runs that follow, as they are when their results are written."""
+    models: list[Any] = []
+    write = llava_result.write
+
+    def remember(config: Any, loaded: Any, *rest: Any) -> None:
+        models.append(loaded.model)
+        write(config, loaded, *rest)
+
+    monkeypatch.setattr(llava_result, "write", remember)
+    return models
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_each_stage_learns_and_one_folder_is_made_of_it(
     parts: tuple[Path, Path, Path], tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
@@ -98,14 +111,7 @@ def test_each_stage_learns_and_one_folder_is_made_of_it(
     from transformers import LlavaForConditionalGeneration
 
     kind, learn = CASES[case]
-    trained: list[Any] = []
-    write = llava_result.write
-
-    def remember(config: Any, loaded: Any, *rest: Any) -> None:
-        trained.append(loaded.model)
-        write(config, loaded, *rest)
-
-    monkeypatch.setattr(llava_result, "write", remember)
+    trained = remembered(monkeypatch)
     done = run.run(config(parts, kind, learn), work_dir=tmp_path / "run")
     found = losses(tmp_path / "run")
     assert found[-1] < found[0]
@@ -213,14 +219,7 @@ def test_chat_puts_the_parts_together(
     from fastft.chat import llava as chat
     from fastft.errors import FileError
 
-    kept: list[Any] = []
-    write = llava_result.write
-
-    def remember(config: Any, loaded: Any, *rest: Any) -> None:
-        kept.append(loaded.model)
-        write(config, loaded, *rest)
-
-    monkeypatch.setattr(llava_result, "write", remember)
+    kept = remembered(monkeypatch)
     done = run.run(config(parts, *CASES[case]), work_dir=tmp_path / "run")
     expected = seen(kept[0], done.artifact)
     bound = 10 * 128 * 2**-24 * float(expected.abs().max())
